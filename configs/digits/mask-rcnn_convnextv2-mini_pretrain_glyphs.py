@@ -1,0 +1,41 @@
+# Makes the weights that the digits configs start from: everything trained from scratch on printed letters and shapes over
+# procedural textures (tools/pretrain_mini.sh).
+_base_ = 'mask-rcnn_convnextv2-mini_full_digits.py'
+
+classes = tuple('ABCDEFGHJKLMNPQRSTUVWXYZ') + ('circle', 'ring', 'triangle', 'square', 'star', 'cross')
+data_root = 'data/glyphs/'
+
+model = dict(
+    backbone=dict(init_cfg=None),
+    neck=dict(init_cfg=dict(_delete_=True, type='Xavier', layer='Conv2d', distribution='uniform')),
+    rpn_head=dict(init_cfg=dict(_delete_=True, type='Normal', layer='Conv2d', std=0.01)),
+    roi_head=dict(init_cfg=None, bbox_head=dict(num_classes=len(classes)), mask_head=dict(num_classes=len(classes))))
+
+train_dataloader = dict(
+    batch_size=64,
+    num_workers=14,
+    dataset=dict(
+        data_root=data_root,
+        metainfo=dict(classes=classes),
+        pipeline=[
+            dict(type='LoadImageFromFile'),
+            dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+            dict(type='RandomResize', scale=(160, 160), ratio_range=(0.6, 1.6), keep_ratio=True),
+            dict(type='RandomCrop', crop_size=(160, 160), allow_negative_crop=True),
+            dict(type='FilterAnnotations', min_gt_bbox_wh=(4, 4)),
+            dict(type='PhotoMetricDistortion'),
+            dict(type='PackDetInputs')
+        ]))
+val_dataloader = dict(num_workers=4, dataset=dict(data_root=data_root, metainfo=dict(classes=classes)))
+test_dataloader = val_dataloader
+val_evaluator = dict(ann_file=data_root + 'annotations/instances_val2017.json')
+test_evaluator = val_evaluator
+
+max_epochs = 8
+train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
+optim_wrapper = dict(type='AmpOptimWrapper')
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=200),
+    dict(type='CosineAnnealingLR', by_epoch=True, T_max=max_epochs, eta_min_ratio=0.01, convert_to_iter_based=True)
+]
+default_hooks = dict(checkpoint=dict(interval=max_epochs))

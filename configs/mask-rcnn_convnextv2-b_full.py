@@ -1,0 +1,5 @@
+# Everything trained: mmpretrain's backbone as it is
+_base_ = '_base_/mask-rcnn_convnextv2-b_coco.py'
+
+model = dict(backbone=dict(type='mmpretrain.ConvNeXt'))
+custom_hooks = []

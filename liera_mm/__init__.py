@@ -1,0 +1,17 @@
+"""Parameter-efficient fine-tuning of convolutional detectors: LieRA, an extension of MMDetection.
+
+Importing the package registers ``LieRAConvNeXt``, ``LieRABackbone`` and ``LieRAHook`` in MMEngine's root registries.
+"""
+from . import compat
+
+compat.install()
+
+from .adapt import adapt, export, merge, summary, unmerge  # noqa: E402
+from .checkpoint import adapter_state_dict, load_adapter, save_adapter  # noqa: E402
+from .engine import LieRAHook  # noqa: E402
+from .models import LieRABackbone, LieRAConvNeXt  # noqa: E402
+from .version import __version__  # noqa: E402
+__all__ = [
+    '__version__', 'LieRABackbone', 'LieRAConvNeXt', 'LieRAHook', 'adapt', 'adapter_state_dict', 'export', 'load_adapter', 'merge',
+    'save_adapter', 'summary', 'unmerge'
+]

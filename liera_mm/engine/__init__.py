@@ -1,0 +1,3 @@
+from .hook import LieRAHook
+
+__all__ = ['LieRAHook']

@@ -1,0 +1,166 @@
+"""Layers that compute with their effective weight.
+
+An adapted layer is the object it was before: its class becomes a subclass of its old one, its parameters keep their
+names, and it gains one child, ``adapter``, that holds the trained tensors. So state-dict keys, references to the layer and
+``isinstance`` checks stay valid.
+"""
+import functools
+from typing import List, Optional, Type
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .algebra import METHODS, at_least_float32
+from .group import UPDATES
+
+
+class AdaptedLayer:
+    """What all adapted layers share; mixed into a torch layer with a frozen ``weight``.
+
+    Attributes:
+        adapter (nn.Module): Gives Δ when called, in the shape of ``weight``; its parameters are what trains.
+        method (str): Name of the parameterisation of Δ, a key of ``algebra.METHODS``.
+        update (str): Name of the rule that applies Δ to the weight, a key of ``group.UPDATES``.
+        unmerged_weight (Tensor | None): The frozen weight while ``weight`` holds the effective one.
+    """
+    original_class: Type[nn.Module]
+
+    def effective_weight(self) -> Tensor:
+        """The weight that the layer computes with, in the shape, dtype and memory format of the frozen one.
+
+        The arithmetic is in float32, or in the factors' precision where that is higher, under autocast too.
+        """
+        if self.merged:
+            return self.weight
+        with torch.autocast(self.weight.device.type, enabled=False):
+            effective = UPDATES[self.update](at_least_float32(self.weight), self.adapter())
+        return effective.to(self.weight.dtype)
+
+    @property
+    def merged(self) -> bool:
+        return self.unmerged_weight is not None
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Let ``weight`` hold the effective weight, and keep the frozen one aside. Repeating it changes nothing."""
+        if not self.merged:
+            frozen, self.weight.data = self.weight.data, self.effective_weight()
+            self.unmerged_weight = frozen
+
+    def unmerge(self) -> None:
+        """Undo :meth:`merge`, bit for bit: the very tensor is put back."""
+        if self.merged:
+            self.weight.data, self.unmerged_weight = self.unmerged_weight, None
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        # A checkpoint holds the frozen weight next to its factors, merged or not: loading must not apply Δ twice.
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:
+            destination[prefix + 'weight'] = self.unmerged_weight
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.unmerge()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __reduce__(self):
+        # Classes made for subclasses of torch's layers exist at run time only: pickle by the class they were made from.
+        return _restore, (self.original_class, ), self.__dict__
+
+
+class _AdaptedConv(AdaptedLayer):
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.effective_weight(), self.bias)
+
+
+class _AdaptedConvTranspose(AdaptedLayer):
+
+    def forward(self, input: Tensor, output_size: Optional[List[int]] = None) -> Tensor:
+        spatial_dims = self.weight.dim() - 2
+        output_padding = self._output_padding(input, output_size, self.stride, self.padding, self.kernel_size,
+                                              spatial_dims, self.dilation)
+        conv_transpose = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[spatial_dims - 1]
+        return conv_transpose(input, self.effective_weight(), self.bias, self.stride, self.padding, output_padding,
+                              self.groups, self.dilation)
+
+
+class AdaptedLinear(AdaptedLayer, nn.Linear):
+    original_class = nn.Linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.effective_weight(), self.bias)
+
+
+class AdaptedConv1d(_AdaptedConv, nn.Conv1d):
+    original_class = nn.Conv1d
+
+
+class AdaptedConv2d(_AdaptedConv, nn.Conv2d):
+    original_class = nn.Conv2d
+
+
+class AdaptedConv3d(_AdaptedConv, nn.Conv3d):
+    original_class = nn.Conv3d
+
+
+class AdaptedConvTranspose1d(_AdaptedConvTranspose, nn.ConvTranspose1d):
+    original_class = nn.ConvTranspose1d
+
+
+class AdaptedConvTranspose2d(_AdaptedConvTranspose, nn.ConvTranspose2d):
+    original_class = nn.ConvTranspose2d
+
+
+class AdaptedConvTranspose3d(_AdaptedConvTranspose, nn.ConvTranspose3d):
+    original_class = nn.ConvTranspose3d
+
+
+_ADAPTED = {
+    adapted.original_class: adapted
+    for adapted in (AdaptedLinear, AdaptedConv1d, AdaptedConv2d, AdaptedConv3d, AdaptedConvTranspose1d,
+                    AdaptedConvTranspose2d, AdaptedConvTranspose3d)
+}
+
+
+@functools.lru_cache(maxsize=None)
+def adapted_class(cls: Type[nn.Module]) -> Type[AdaptedLayer]:
+    """The adapted counterpart of a layer class: torch's linear and convolution classes and their subclasses.
+
+    Raises:
+        TypeError: If layers of that class compute with their weight in a way that is not torch's.
+    """
+    base = next((c for c in cls.__mro__ if c in _ADAPTED), None)
+    if base is None:
+        raise TypeError(f'{cls.__name__} is none of the layer kinds that can be adapted: '
+                        f'{", ".join(c.__name__ for c in _ADAPTED)} and their subclasses')
+    if cls is base:
+        return _ADAPTED[base]
+    for ancestor in cls.__mro__[:cls.__mro__.index(base)]:
+        forward = vars(ancestor).get('forward')
+        # A forward that only prepares its input and calls super().forward() reaches ours; one that names the weight
+        # computes with the frozen weight behind our back.
+        if forward is not None and 'weight' in forward.__code__.co_names:
+            raise TypeError(f'{cls.__name__} computes with its weight in its own forward(), not as {base.__name__} does')
+    if cls is nn.modules.linear.NonDynamicallyQuantizableLinear:
+        raise TypeError(f'{cls.__name__} is the output projection of nn.MultiheadAttention, which reads the weight '
+                        'without calling the layer')
+    return type(f'Adapted{cls.__name__}', (cls, _ADAPTED[base]), dict(original_class=cls))
+
+
+def _restore(original_class: Type[nn.Module]) -> AdaptedLayer:
+    adapted = adapted_class(original_class)
+    return adapted.__new__(adapted)
+
+
+def adapt_layer(layer: nn.Module, method: str, update: str, rank: int, alpha: float) -> None:
+    """Turn one layer into its adapted counterpart, in place. Its outputs stay as they were until the adapter trains.
+
+    Raises:
+        TypeError: If the layer's class cannot be adapted (see :func:`adapted_class`).
+    """
+    adapted = adapted_class(type(layer))
+    layer.adapter = METHODS[method](layer.weight.detach(), getattr(layer, 'groups', 1), rank, alpha)
+    layer.register_buffer('unmerged_weight', None, persistent=False)
+    layer.method, layer.update = method, update
+    layer.__class__ = adapted
