@@ -11,7 +11,8 @@ from .checkpoint import adapter_state_dict, load_adapter, save_adapter  # noqa: 
 from .engine import LieRAHook  # noqa: E402
 from .models import LieRABackbone, LieRAConvNeXt  # noqa: E402
 from .version import __version__  # noqa: E402
+
 __all__ = [
-    '__version__', 'LieRABackbone', 'LieRAConvNeXt', 'LieRAHook', 'adapt', 'adapter_state_dict', 'export', 'load_adapter', 'merge',
-    'save_adapter', 'summary', 'unmerge'
+    '__version__', 'LieRABackbone', 'LieRAConvNeXt', 'LieRAHook', 'adapt', 'adapter_state_dict', 'export',
+    'load_adapter', 'merge', 'save_adapter', 'summary', 'unmerge'
 ]

@@ -2,8 +2,9 @@
 import contextlib
 import difflib
 import fnmatch
+import math
 import re
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Pattern, Sequence, Set, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -69,13 +70,15 @@ def adapt(model: nn.Module,
     layers = dict(model.named_modules())
     chosen = {name: dict(settings) for name in match_layers(layers, targets)}
     for override in overrides:
+        if not isinstance(override, Mapping):
+            raise ValueError(f'overrides must be a list of dicts, not {overrides!r}')
         changes = {key: value for key, value in override.items() if key != 'targets'}
         for key in changes:
             _check_choice('override', key, settings)
         _check_settings({**settings, **changes})
         for name in match_layers({name: layers[name] for name in chosen}, override.get('targets', ())):
             chosen[name].update(changes)
-    _check_weights(model, chosen)
+    _check_layers(model, chosen)
 
     model.requires_grad_(False)
     for name, setting in chosen.items():
@@ -111,7 +114,7 @@ def match_layers(layers: Dict[str, nn.Module], targets: Sequence[str]) -> List[s
             if not names and set(targets) >= set(KINDS):
                 continue
         else:
-            pattern = re.compile(target[3:] if target.startswith('re:') else fnmatch.translate(target))
+            pattern = _pattern(target)
             names = [name for name, layer in layers.items() if pattern.fullmatch(name) and _holds_kernel(layer)]
         if not names:
             known = [name for name, layer in layers.items() if layer_kind(layer)]
@@ -128,7 +131,9 @@ def match_layers(layers: Dict[str, nn.Module], targets: Sequence[str]) -> List[s
 
 
 def intended_parameters(model: nn.Module) -> Set[str]:
-    """Names of the parameters that an adapted model is meant to train: its adapters, and norms or biases if asked for."""
+    """Names of the parameters that an adapted model is meant to train: adapters, and norms or biases if asked for."""
+    if not hasattr(model, 'liera'):
+        raise ValueError('this model is not adapted: call adapt() on it first, or give the part of it that is')
     names = set()
     for prefix, layer in model.named_modules():
         prefix = prefix and prefix + '.'
@@ -231,8 +236,10 @@ def unmerge(model: nn.Module) -> nn.Module:
 @torch.no_grad()
 def export(model: nn.Module) -> Dict[str, Tensor]:
     """A plain state dict with Δ folded in: the keys and shapes that the model had before :func:`adapt`."""
-    state = dict(model.state_dict())
-    for prefix, layer in adapted_layers(model):
+    state = model.state_dict()
+    for prefix, layer in model.named_modules(remove_duplicate=False):
+        if not isinstance(layer, AdaptedLayer):
+            continue
         prefix = prefix and prefix + '.'
         for name in layer.adapter.state_dict():
             del state[f'{prefix}adapter.{name}']
@@ -262,7 +269,7 @@ def range_report(model: nn.Module) -> RangeReport:
     for name, layer in adapted_layers(model):
         delta = layer.adapter()
         peak = delta.abs().max().item()
-        if not peak <= largest:  # a NaN is the largest of all
+        if not (peak <= largest or math.isnan(largest)):  # a NaN is the largest of all
             largest, where = peak, name
         if layer.update == 'taylor':
             changed += int((delta <= -1).sum())
@@ -284,27 +291,41 @@ def _check_settings(settings: Dict[str, Any]) -> None:
 
 
 def _check_choice(what: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
+    if value not in list(choices):
         raise ValueError(f'unknown {what} {value!r}{_nearest(str(value), choices)}; known: {", ".join(choices)}')
 
 
-def _check_weights(model: nn.Module, names: Sequence[str]) -> None:
-    """Refuse weights that a layer does not own alone, or that do not exist yet."""
+def _check_layers(model: nn.Module, names: Sequence[str]) -> None:
+    """Refuse layers whose weight is not theirs alone, or does not exist yet, or is used without their forward()."""
     owners: Dict[int, List[str]] = {}
     for owner, parameter in model.named_parameters(remove_duplicate=False):
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise TypeError(f'{owner.rpartition(".")[0]}: its {owner.rpartition(".")[2]} has no shape before the first '
+                            'forward pass; run one first')
         owners.setdefault(id(parameter), []).append(owner)
     for name in names:
         layer = model.get_submodule(name)
+        if 'forward' in vars(layer):
+            raise TypeError(f'{name}: its forward() was replaced on the instance; undo that first, or choose targets '
+                            'that leave it out')
+        if isinstance(model.get_submodule(name.rpartition('.')[0]), nn.TransformerEncoderLayer):
+            raise TypeError(f'{name}: nn.TransformerEncoderLayer reads its weight without calling the layer when it '
+                            'evaluates. Choose targets that leave it out')
         weight = layer._parameters.get('weight')
         if weight is None:
             raise TypeError(f'{name}: its weight is computed from other parameters (a parametrization or weight norm); '
                             'remove that first, or choose targets that leave it out')
-        if isinstance(weight, nn.parameter.UninitializedParameter):
-            raise TypeError(f'{name}: its weight has no shape before the first forward pass; run one first')
         shared = {owner.rpartition('.')[0] for owner in owners[id(weight)]}
         if len({id(model.get_submodule(owner)) for owner in shared}) > 1:
             raise ValueError(f'{name}: its weight is shared between {", ".join(sorted(shared))}; a perturbation of one '
                              'would move all. Choose targets that leave it out')
+
+
+def _pattern(target: Any) -> Pattern[str]:
+    try:
+        return re.compile(target[3:] if target.startswith('re:') else fnmatch.translate(target))
+    except (AttributeError, re.error) as error:
+        raise ValueError(f'target {target!r} is no layer kind, glob or re: pattern: {error}') from None
 
 
 def _holds_kernel(layer: nn.Module) -> bool:

@@ -24,7 +24,7 @@ def install() -> None:
     if _operators not in sys.meta_path:
         sys.meta_path.append(_operators)
     if 'mmdet.structures.mask' in sys.modules and 'mmcv.ops' not in sys.modules:
-        warnings.warn("mmdet was imported before liera_mm and has settled for missing operators: import liera_mm first.",
+        warnings.warn('mmdet was imported before liera_mm and goes on without operators: import liera_mm first.',
                       stacklevel=2)
     if _transformers_major() >= 5:
         if 'mmpretrain.utils.dependency' in sys.modules:

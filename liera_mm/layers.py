@@ -5,7 +5,8 @@ names, and it gains one child, ``adapter``, that holds the trained tensors. So s
 ``isinstance`` checks stay valid.
 """
 import functools
-from typing import List, Optional, Type
+import inspect
+from typing import Any, List, Optional, Set, Tuple, Type
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ class AdaptedLayer:
             return self.weight
         with torch.autocast(self.weight.device.type, enabled=False):
             effective = UPDATES[self.update](at_least_float32(self.weight), self.adapter())
-        return effective.to(self.weight.dtype)
+        return _with_strides(effective.to(self.weight.dtype), self.weight.stride())
 
     @property
     def merged(self) -> bool:
@@ -123,7 +124,7 @@ _ADAPTED = {
 }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def adapted_class(cls: Type[nn.Module]) -> Type[AdaptedLayer]:
     """The adapted counterpart of a layer class: torch's linear and convolution classes and their subclasses.
 
@@ -138,14 +139,35 @@ def adapted_class(cls: Type[nn.Module]) -> Type[AdaptedLayer]:
         return _ADAPTED[base]
     for ancestor in cls.__mro__[:cls.__mro__.index(base)]:
         forward = vars(ancestor).get('forward')
-        # A forward that only prepares its input and calls super().forward() reaches ours; one that names the weight
-        # computes with the frozen weight behind our back.
-        if forward is not None and 'weight' in forward.__code__.co_names:
+        # A forward that only prepares its input and calls super().forward() reaches ours; one that names the weight,
+        # or leaves the work to something else, computes with the frozen weight behind our back.
+        if forward is not None and ('weight' in _names(forward) or 'super' not in _names(forward)):
             raise TypeError(f'{cls.__name__} computes with its weight in its own forward(), not as {base.__name__} does')
     if cls is nn.modules.linear.NonDynamicallyQuantizableLinear:
         raise TypeError(f'{cls.__name__} is the output projection of nn.MultiheadAttention, which reads the weight '
                         'without calling the layer')
     return type(f'Adapted{cls.__name__}', (cls, _ADAPTED[base]), dict(original_class=cls))
+
+
+def _with_strides(tensor: Tensor, strides: Tuple[int, ...]) -> Tensor:
+    """The tensor with the strides asked for, where only those of dimensions of size one differ.
+
+    They move no element, but torch tells by them whether a depthwise or 1x1 kernel is in channels-last format.
+    """
+    if any(size > 1 and own != other for size, own, other in zip(tensor.shape, tensor.stride(), strides)):
+        return tensor
+    return tensor if tensor.stride() == strides else tensor.as_strided(tensor.shape, strides)
+
+
+def _names(function: Any) -> Set[str]:
+    """Names of the globals and attributes that a function and its inner functions use; none of what has no code."""
+    code = getattr(inspect.unwrap(function), '__code__', None)
+    codes, names = [code] if code else [], set()
+    while codes:
+        code = codes.pop()
+        names.update(code.co_names)
+        codes.extend(constant for constant in code.co_consts if inspect.iscode(constant))
+    return names
 
 
 def _restore(original_class: Type[nn.Module]) -> AdaptedLayer:
@@ -160,7 +182,8 @@ def adapt_layer(layer: nn.Module, method: str, update: str, rank: int, alpha: fl
         TypeError: If the layer's class cannot be adapted (see :func:`adapted_class`).
     """
     adapted = adapted_class(type(layer))
-    layer.adapter = METHODS[method](layer.weight.detach(), getattr(layer, 'groups', 1), rank, alpha)
+    adapter = METHODS[method](layer.weight.detach(), getattr(layer, 'groups', 1), rank, alpha)
+    layer.adapter = adapter.train(layer.training)
     layer.register_buffer('unmerged_weight', None, persistent=False)
     layer.method, layer.update = method, update
     layer.__class__ = adapted

@@ -64,7 +64,7 @@ def test_nms(threshold, offset, device):
     for seed in range(10):
         rng = np.random.default_rng(seed)
         boxes, scores = random_boxes(rng, 60), rng.random(60, dtype=np.float32)
-        for limits in (dict(), dict(score_threshold=0.4), dict(max_num=7), dict(score_threshold=0.2, max_num=9)):
+        for limits in ({}, {'score_threshold': 0.4}, {'max_num': 7}, {'score_threshold': 0.2, 'max_num': 9}):
             expected = reference_nms(boxes, scores, threshold, offset, **limits)
             dets, keep = nms(*tensors(device, boxes, scores), threshold, offset=offset, **limits)
             assert keep.tolist() == expected
@@ -118,7 +118,7 @@ def test_batched_nms(split_thr, device):
     expected = sorted((np.flatnonzero(classes == c)[i] for c in range(3)
                        for i in reference_nms(boxes[classes == c], scores[classes == c], 0.4)),
                       key=lambda i: -scores[i])
-    cfg = dict(type='nms', iou_threshold=0.4, split_thr=split_thr)
+    cfg = {'type': 'nms', 'iou_threshold': 0.4, 'split_thr': split_thr}
     dets, keep = batched_nms(*tensors(device, boxes, scores, classes), cfg)
     assert keep.tolist() == expected
     np.testing.assert_array_equal(dets[:, :4].cpu(), boxes[expected])
@@ -203,7 +203,8 @@ def test_soft_nms_leaves_its_arguments_alone_and_works_batched():
     rng = np.random.default_rng(0)
     boxes, scores = tensors('cpu', random_boxes(rng, 40), rng.random(40, dtype=np.float32))
     before = scores.clone()
-    dets, keep = batched_nms(boxes, scores, torch.zeros(40), dict(type='soft_nms', iou_threshold=0.5, min_score=0.05))
+    cfg = {'type': 'soft_nms', 'iou_threshold': 0.5, 'min_score': 0.05}
+    dets, keep = batched_nms(boxes, scores, torch.zeros(40), cfg)
     kept, new_scores = reference_soft_nms(boxes.numpy(), scores.numpy(), 0.5, min_score=0.05)
     assert keep.tolist() == kept
     np.testing.assert_allclose(dets[:, 4], new_scores, rtol=1e-5)
@@ -270,7 +271,7 @@ def test_roi_align(scale, output_size, samples, aligned, dtype, device):
     x.requires_grad_()
     output = RoIAlign(output_size, scale, samples, aligned=aligned)(x, r)
     assert output.dtype == dtype and output.device.type == device
-    tolerance = dict(rtol=1e-4, atol=1e-5) if dtype == torch.float32 else dict(rtol=1e-9, atol=1e-11)
+    tolerance = {'rtol': 1e-4, 'atol': 1e-5} if dtype == torch.float32 else {'rtol': 1e-9, 'atol': 1e-11}
     expected = reference_roi_align(features, rois, output_size, scale, samples, aligned)
     np.testing.assert_allclose(output.detach().cpu(), expected, **tolerance)
     assert np.abs(expected).max() > 0.5
@@ -343,7 +344,7 @@ def test_roi_align_in_half_precision_is_the_rounded_exact_result(half_rois, dtyp
     assert torch.equal(half, exact.to(dtype))
     # CUDA adds the gradient in any order.
     torch.testing.assert_close(half_grad, exact_grad.to(dtype), **(
-        dict(rtol=0, atol=0) if device == 'cpu' else dict(rtol=1e-2, atol=1e-5)))
+        {'rtol': 0, 'atol': 0} if device == 'cpu' else {'rtol': 1e-2, 'atol': 1e-5}))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')

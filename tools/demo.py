@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any, Dict
 
+import liera_mm  # before MMDetection, which may need the operators that liera_mm stands in for
+
+# isort: split
 import cv2
 import mmcv
 import numpy as np
@@ -21,8 +24,6 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import InstanceData
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
-
-import liera_mm
 
 CONFIGS = dict(
     LieRA='configs/digits/mask-rcnn_convnextv2-mini_liera_digits.py',

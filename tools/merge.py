@@ -3,7 +3,6 @@
 Writes a plain checkpoint OUT (.pth) and, beside it, a plain config (.py): stock MMDetection runs them without liera_mm.
 """
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 
 import liera_mm
-from liera_mm.engine.preflight import SetupError, load_config
+from liera_mm.engine.cli import SetupError, check_checkpoint, exit_clearly, load_config
 
 
 def plain_config(cfg: Config) -> Config:
@@ -40,9 +39,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.out.suffix != '.pth':
         parser.error(f'out must be a .pth file, not {args.out}')
-    if not Path(args.checkpoint).is_file():
-        raise SetupError(f'Checkpoint not found: {args.checkpoint}', 'Give a checkpoint that tools/train.py wrote')
-
+    check_checkpoint(args.checkpoint)
     cfg = load_config(args.config)
     init_default_scope(cfg.get('default_scope', 'mmdet'))
     model = MODELS.build(cfg.model)
@@ -59,7 +56,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except SetupError as error:
-        sys.exit(str(error))
+    exit_clearly(main)

@@ -1,39 +1,13 @@
 """Evaluate a detector: tools/test.py CONFIG CHECKPOINT [options]."""
 import argparse
-import os
-import os.path as osp
-import sys
 
+# Before anything of MMDetection, which may need the operators that liera_mm stands in for
+from liera_mm.engine.cli import add_options, build_runner, check_checkpoint, check_data, config_of, exit_clearly
+
+# isort: split
 from mmdet.engine.hooks.utils import trigger_visualization_hook
 from mmdet.evaluation import DumpDetResults
-from mmengine.config import Config, ConfigDict, DictAction
-from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
-
-from liera_mm.engine.preflight import SetupError, check_files, load_config
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description='Evaluate a detector')
-    parser.add_argument('config', help='config file')
-    parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument('--work-dir', help='folder of logs and metrics; default: work_dirs/<config name>')
-    parser.add_argument('--out', help='write the predictions to this .pkl file')
-    parser.add_argument('--show', action='store_true', help='show the predictions in a window')
-    parser.add_argument('--show-dir', help='write the predictions as pictures to work_dir/<time>/<this folder>')
-    parser.add_argument('--wait-time', type=float, default=2, help='seconds that --show stays at a picture')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        help='override settings of the config: key=value ...; data_root=FOLDER moves all paths below it')
-    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
-    parser.add_argument('--tta', action='store_true', help='test-time augmentation: the mean over horizontal flips')
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
-    args = parser.parse_args()
-    if args.out and not args.out.endswith(('.pkl', '.pickle')):
-        parser.error(f'--out must be a .pkl file, not {args.out}')
-    return args
+from mmengine.config import Config, ConfigDict
 
 
 def use_tta(cfg: Config) -> None:
@@ -50,26 +24,32 @@ def use_tta(cfg: Config) -> None:
 
 
 def main() -> None:
-    args = parse_args()
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    cfg = load_config(args.config, args.cfg_options)
-    cfg.launcher = args.launcher
-    cfg.work_dir = args.work_dir or cfg.get('work_dir') or osp.join('work_dirs', osp.splitext(osp.basename(cfg.filename))[0])
-    cfg.load_from = args.checkpoint
-    cfg.resume = False
-    check_files(cfg, ['test'], weights=False)
+    parser = argparse.ArgumentParser(description='Evaluate a detector')
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('--out', help='write the predictions to this .pkl file')
+    parser.add_argument('--show', action='store_true', help='show the predictions in a window')
+    parser.add_argument('--show-dir', help='write the predictions as pictures to work_dir/<time>/<this folder>')
+    parser.add_argument('--wait-time', type=float, default=2, help='seconds that --show stays at a picture')
+    parser.add_argument('--tta', action='store_true', help='test-time augmentation: horizontal flips')
+    add_options(parser)
+    args = parser.parse_args()
+    if args.out and not args.out.endswith(('.pkl', '.pickle')):
+        parser.error(f'--out must be a .pkl file, not {args.out}')
+
+    cfg = config_of(args)
+    cfg.load_from, cfg.resume = args.checkpoint, False
+    check_checkpoint(args.checkpoint)
+    check_data(cfg, ['test'])
     if args.show or args.show_dir:
         trigger_visualization_hook(cfg, args)
     if args.tta:
         use_tta(cfg)
-    runner = Runner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
+    runner = build_runner(cfg)
     if args.out:
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
     runner.test()
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except SetupError as error:
-        sys.exit(str(error))
+    exit_clearly(main)

@@ -6,7 +6,7 @@ _base_ = [
 ]
 custom_imports = dict(imports=['liera_mm'], allow_failed_imports=False)
 
-checkpoint = 'https://download.openmmlab.com/mmclassification/v0/convnext-v2/convnext-v2-base_3rdparty-fcmae_in1k_20230104-8a798eaf.pth'  # noqa: E501
+checkpoint = 'https://download.openmmlab.com/mmclassification/v0/convnext-v2/convnext-v2-base_3rdparty-fcmae_in1k_20230104-8a798eaf.pth'
 image_size = (1024, 1024)
 
 model = dict(

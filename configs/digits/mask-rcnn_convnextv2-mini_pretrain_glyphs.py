@@ -1,5 +1,5 @@
-# Makes the weights that the digits configs start from: everything trained from scratch on printed letters and shapes over
-# procedural textures (tools/pretrain_mini.sh).
+# The second stage of tools/pretrain_mini.py, which makes the weights that the digits configs start from: the whole
+# detector trains on printed letters and shapes over procedural textures.
 _base_ = 'mask-rcnn_convnextv2-mini_full_digits.py'
 
 classes = tuple('ABCDEFGHJKLMNPQRSTUVWXYZ') + ('circle', 'ring', 'triangle', 'square', 'star', 'cross')
@@ -12,9 +12,8 @@ model = dict(
     roi_head=dict(init_cfg=None, bbox_head=dict(num_classes=len(classes)), mask_head=dict(num_classes=len(classes))))
 
 train_dataloader = dict(
-    batch_size=64,
-    num_workers=14,
     dataset=dict(
+        indices=9600,
         data_root=data_root,
         metainfo=dict(classes=classes),
         pipeline=[
@@ -26,16 +25,16 @@ train_dataloader = dict(
             dict(type='PhotoMetricDistortion'),
             dict(type='PackDetInputs')
         ]))
-val_dataloader = dict(num_workers=4, dataset=dict(data_root=data_root, metainfo=dict(classes=classes)))
+val_dataloader = dict(dataset=dict(data_root=data_root, metainfo=dict(classes=classes)))
 test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/instances_val2017.json')
 test_evaluator = val_evaluator
 
-max_epochs = 8
+max_epochs = 1
 train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
-optim_wrapper = dict(type='AmpOptimWrapper')
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=200),
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(type='CosineAnnealingLR', by_epoch=True, T_max=max_epochs, eta_min_ratio=0.01, convert_to_iter_based=True)
 ]
-default_hooks = dict(checkpoint=dict(interval=max_epochs))
+optim_wrapper = dict(optimizer=dict(lr=1e-3))
+default_hooks = dict(checkpoint=dict(interval=1), logger=dict(interval=50))

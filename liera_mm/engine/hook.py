@@ -18,8 +18,8 @@ from ..models import PretrainedBackbone
 class LieRAHook(Hook):
     """Checks an adapted model before it trains, watches its perturbations, and merges it for evaluation.
 
-    - Before training: exactly the intended tensors train and are in the optimizer, and no frozen weight is random. The
-      summary table is logged once.
+    - Before training: exactly the intended tensors train and are in the optimizer, no frozen weight is random, and the
+      annotations have the categories of the config. The summary table is logged once.
     - After each training epoch: the largest |Δ|, the share of Δ <= -1 under ``taylor``, zero weights that cannot move.
     - During validation and testing the perturbations are merged into the weights; after it the weights are restored.
     - A checkpoint to test or resume from must hold the whole model.
@@ -39,7 +39,14 @@ class LieRAHook(Hook):
             if hasattr(backbone, 'liera'):
                 _check_trainable(name, backbone)
         _check_optimizer(model, runner.optim_wrapper)
+        _check_categories(runner.train_dataloader.dataset)
         runner.logger.info(f'LieRA\n{summary(model)}')
+
+    def before_val(self, runner: Runner) -> None:
+        _check_categories(runner.val_dataloader.dataset)
+
+    def before_test(self, runner: Runner) -> None:
+        _check_categories(runner.test_dataloader.dataset)
 
     def after_train_epoch(self, runner: Runner) -> None:
         model = _unwrap(runner.model)
@@ -107,3 +114,17 @@ def _check_optimizer(model: nn.Module, optim_wrapper) -> None:
     if missing:
         raise RuntimeError(f'the optimizer lacks {len(missing)} trainable tensors: {", ".join(missing[:3])}.\nIt must '
                            'be built after the model is adapted: adapt through the config, not from a hook')
+
+
+def _check_categories(dataset) -> None:
+    """MMDetection drops annotations of other names in silence, and fails on missing ones only when it evaluates."""
+    while hasattr(dataset, 'dataset'):
+        dataset = dataset.dataset
+    if not hasattr(dataset, 'coco'):
+        return
+    theirs = {category['name'] for category in dataset.coco.dataset['categories']}
+    missing = [name for name in dataset.metainfo['classes'] if name not in theirs]
+    if missing:
+        raise RuntimeError(f'{dataset.ann_file} lacks {len(missing)} classes of the config: {", ".join(missing[:5])}.\nIt '
+                           f'has {", ".join(sorted(theirs)[:5])}: set metainfo=dict(classes=...) of the data set to those '
+                           'names, and num_classes of the heads to their number')

@@ -52,7 +52,7 @@ def _adapt_or_freeze(model: nn.Module, liera: Optional[Dict[str, Any]]) -> None:
         adapt(model, **liera)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _pretrained_class(cls: Type[nn.Module]) -> Type[nn.Module]:
     return type(f'LieRA{cls.__name__}', (PretrainedBackbone, cls), dict(__reduce__=_reduce, original_class=cls))
 

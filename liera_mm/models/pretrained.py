@@ -5,7 +5,7 @@ from typing import Dict, Set
 
 from mmengine.runner.checkpoint import CheckpointLoader
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..adapt import without_adapters
 

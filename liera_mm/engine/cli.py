@@ -1,16 +1,20 @@
-"""What the command-line tools check before they build anything: errors of two lines, what is wrong and what to do."""
+"""What the command-line tools share: options, configs, and checks that end in two lines, what is wrong and what to do."""
+import argparse
 import difflib
 import os
 import os.path as osp
+import sys
 import unicodedata
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlparse
 from urllib.request import Request, urlopen
 
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
 
 LOOK_ALIKES = str.maketrans(dict(zip('\u0430\u0435\u0456\u043e\u0440\u0441\u0445\u0443', 'aeiopcxy')))
 """Cyrillic letters that look like the Latin ones of file names."""
@@ -26,6 +30,39 @@ class SetupError(Exception):
 
     def __init__(self, problem: str, remedy: str):
         super().__init__(f'{problem}\n{remedy}')
+
+
+def exit_clearly(main: Callable[[], None]) -> None:
+    """Run a tool; a :class:`SetupError` ends it with the error's two lines and exit status 1."""
+    try:
+        main()
+    except SetupError as error:
+        sys.exit(str(error))
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that train.py and test.py share with each other and with MMDetection's."""
+    parser.add_argument('--work-dir', help='folder of logs and checkpoints; default: work_dirs/<config name>')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='override settings of the config: key=value ...; data_root=FOLDER moves all paths below it')
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+
+
+def config_of(args: argparse.Namespace) -> Config:
+    """The config of a tool that was called with :func:`add_options`."""
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg = load_config(args.config, args.cfg_options)
+    cfg.launcher = args.launcher
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or osp.join('work_dirs', Path(cfg.filename).stem)
+    return cfg
+
+
+def build_runner(cfg: Config) -> Runner:
+    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
 
 
 def find_config(path: str) -> str:
@@ -65,16 +102,11 @@ def load_config(path: str, options: Optional[Dict[str, Any]] = None) -> Config:
     return cfg
 
 
-def check_files(cfg: Config, splits: List[str], weights: bool) -> None:
-    """Check that the data sets, and the pretrained weights if asked for, can be had.
-
-    Args:
-        cfg: The whole config.
-        splits: Which data to look for: of ``train``, ``val`` and ``test``.
-        weights: Whether the weights of ``init_cfg`` and ``load_from`` will be needed too.
+def check_data(cfg: Config, splits: List[str]) -> None:
+    """Check that annotations and images of the splits (of ``train``, ``val``, ``test``) are where the config says.
 
     Raises:
-        SetupError: At the first thing that is missing.
+        SetupError: At the first path that is missing.
     """
     for split in splits:
         for dataset in _datasets(cfg.get(f'{split}_dataloader') or {}):
@@ -85,12 +117,31 @@ def check_files(cfg: Config, splits: List[str], weights: bool) -> None:
                     raise SetupError(
                         f'The {split} data set is missing: {path}',
                         f'Put it there, or say where it is with --cfg-options data_root=FOLDER (now {root or "unset"})')
-    if weights:
-        for key, source in _checkpoints(cfg):
-            _check_weights(key, source)
 
 
-def _check_weights(key: str, source: str) -> None:
+def check_weights(cfg: Config) -> None:
+    """Check that the weights a training starts from, of ``init_cfg`` and ``load_from``, can be had.
+
+    Raises:
+        SetupError: At the first file that is missing, or URL that does not answer.
+    """
+    for key, source in _checkpoints(cfg):
+        _check_source(key, source)
+
+
+def check_checkpoint(path: str) -> None:
+    """Check that a checkpoint to test or convert is there.
+
+    Raises:
+        SetupError: If it is not; names the checkpoints beside it.
+    """
+    if '://' not in path and not osp.isfile(path):
+        beside = sorted(str(p) for p in Path(path).parent.glob('*.pth'))
+        raise SetupError(f'Checkpoint not found: {path}',
+                         f'There are {", ".join(beside)}' if beside else 'Give a checkpoint that tools/train.py wrote')
+
+
+def _check_source(key: str, source: str) -> None:
     if source.startswith(('http://', 'https://')):
         cached = osp.join(torch.hub.get_dir(), 'checkpoints', osp.basename(urlparse(source).path))
         if osp.isfile(cached):

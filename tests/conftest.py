@@ -1,0 +1,76 @@
+"""What several test files share: a small network with every kind of layer, and a way to train it without training."""
+import pytest
+import torch
+from torch import nn
+
+from liera_mm import compat
+
+compat.install()  # before mmpretrain is imported
+
+from mmpretrain.models.utils.norm import GRN  # noqa: E402
+
+
+class Block(nn.Module):
+    """A ConvNeXt-V2 block of four channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.depthwise_conv = nn.Conv2d(4, 4, 3, padding=1, groups=4)
+        self.norm = nn.GroupNorm(1, 4)
+        self.pointwise_conv1 = nn.Conv2d(4, 8, 1)
+        self.grn = GRN(8)
+        self.pointwise_conv2 = nn.Conv2d(8, 4, 1, bias=False)
+        self.gamma = nn.Parameter(torch.full((4, 1, 1), .5))
+
+    def forward(self, x):
+        y = self.pointwise_conv1(self.norm(self.depthwise_conv(x)))
+        return x + self.gamma * self.pointwise_conv2(self.grn(y.relu(), data_format='channel_first'))
+
+
+class Net(nn.Module):
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4))
+        self.stages = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.stages:
+            x = block(x)
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def net(seed):
+    """A network whose norms and biases are not at their neutral values."""
+    model = Net().eval()
+    with torch.no_grad():
+        for tensor in [*model.parameters(), model.stem[1].running_mean]:
+            tensor.add_(.1 * torch.randn_like(tensor))
+    return model
+
+
+@pytest.fixture
+def image(seed):
+    return torch.randn(2, 3, 9, 9)
+
+
+@pytest.fixture
+def perturb():
+    """A function that moves every trained tensor of a model by random numbers, as training would."""
+
+    @torch.no_grad()
+    def move(model):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(.2 * torch.randn_like(parameter))
+        return model
+
+    return move

@@ -1,0 +1,569 @@
+"""Which layers are adapted, what trains, what is refused, and the reports."""
+import copy
+import math
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mmcv.cnn.bricks.conv2d_adaptive_padding import Conv2dAdaptivePadding
+from mmcv.cnn.bricks.conv_ws import ConvAWS2d, ConvWS2d
+from torch import nn
+
+from liera_mm import adapt, export, load_adapter, merge, summary, unmerge
+from liera_mm.adapt import (
+    KINDS,
+    adapted_layers,
+    intended_parameters,
+    layer_kind,
+    match_layers,
+    range_report,
+    without_adapters,
+)
+from liera_mm.algebra import METHODS
+from liera_mm.checkpoint import adapter_state_dict, fingerprint
+from liera_mm.group import UPDATES
+from liera_mm.layers import AdaptedLayer
+
+CONV = ['stem.0']
+DEPTHWISE = ['stages.0.depthwise_conv', 'stages.1.depthwise_conv']
+POINTWISE = [f'stages.{i}.pointwise_conv{j}' for i in (0, 1) for j in (1, 2)]
+LINEAR = ['head']
+every_setting = pytest.mark.parametrize(('method', 'update'), [(m, u) for m in METHODS for u in UPDATES])
+
+
+def names(model):
+    return [name for name, _ in adapted_layers(model)]
+
+
+def snapshot(model):
+    """All that adapt() changes on a model."""
+    return ([(name, type(m), sorted(vars(m)), m.training) for name, m in model.named_modules()],
+            [(name, id(p), p.requires_grad) for name, p in model.named_parameters(remove_duplicate=False)],
+            list(model.state_dict()))
+
+
+def assert_refused(model, error, match, **settings):
+    """adapt() raises an error that names the problem, and the model is as it was."""
+    next(model.parameters()).requires_grad_(False)  # flags that are not all the same
+    before = snapshot(model)
+    with pytest.raises(error, match=match):
+        adapt(model, **settings)
+    assert snapshot(model) == before
+
+
+def set_delta(layer, delta):
+    """Give a layer of method dense a Δ by hand."""
+    with torch.no_grad():
+        layer.adapter.delta.copy_(torch.as_tensor(delta).expand_as(layer.adapter.delta))
+
+
+# Which layers
+
+
+@pytest.mark.parametrize(('layer', 'kind'), [
+    (nn.Linear(4, 4), 'linear'),
+    (nn.Conv2d(4, 6, 1), 'pointwise'),
+    (nn.Conv1d(4, 6, 1, stride=2), 'pointwise'),
+    (nn.Conv2d(4, 4, 1, groups=4), 'pointwise'),
+    (nn.Conv3d(4, 6, (1, 1, 2)), 'conv'),
+    (nn.Conv2d(4, 4, 3, groups=4), 'depthwise'),
+    (nn.Conv2d(4, 8, 3, groups=4), 'depthwise'),
+    (nn.ConvTranspose2d(4, 4, 3, groups=4), 'depthwise'),
+    (nn.Conv2d(4, 4, 3, groups=2), 'conv'),
+    (nn.Conv2d(1, 4, 3), 'conv'),
+    (nn.ConvTranspose1d(4, 4, 3), 'conv'),
+    (nn.BatchNorm2d(4), None),
+    (nn.Embedding(4, 4), None),
+    (nn.Sequential(nn.Linear(4, 4)), None),
+], ids=repr)
+def test_layer_kind(layer, kind):
+    assert layer_kind(layer) == kind
+
+
+@pytest.mark.parametrize(('targets', 'expected'), [
+    (KINDS, [*CONV, *DEPTHWISE, *POINTWISE, *LINEAR]),
+    (['conv'], CONV),
+    (['depthwise'], DEPTHWISE),
+    (['pointwise'], POINTWISE),
+    (['linear'], LINEAR),
+    (['depthwise', 'linear'], [*DEPTHWISE, *LINEAR]),
+    (['*'], [*CONV, *DEPTHWISE, *POINTWISE, *LINEAR]),
+    (['head'], LINEAR),
+    (['stages.1.*'], [DEPTHWISE[1], *POINTWISE[2:]]),
+    (['*.pointwise_conv?'], POINTWISE),
+    (['stages.[!0].depthwise_conv'], DEPTHWISE[1:]),
+    ([r're:stages\.\d\.depthwise_conv'], DEPTHWISE),
+    ([r're:.*conv[12]'], POINTWISE),
+    (['re:stem.0|head'], [*CONV, *LINEAR]),
+    (['head', 'stages.0.*', 'depthwise'], [*DEPTHWISE, *POINTWISE[:2], *LINEAR]),
+    (('linear', 'head'), LINEAR),
+], ids=str)
+def test_targets(net, targets, expected):
+    layers = dict(net.named_modules())
+    # In the model's order, so that a seed gives the same factors in every process
+    assert match_layers(layers, targets) == [name for name in layers if name in expected]
+    adapt(net, targets=targets)
+    assert sorted(names(net)) == sorted(expected)
+
+
+def test_default_targets_do_not_need_every_kind():
+    assert names(adapt(nn.Sequential(nn.ReLU(), nn.Linear(4, 4)))) == ['1']
+    assert names(adapt(nn.Linear(4, 4))) == ['']
+
+
+@pytest.mark.parametrize(('overrides', 'expected'), [
+    ([], ('lora', 'taylor', 4, 2.)),
+    ([{'targets': ['depthwise'], 'rank': 2}], ('lora', 'taylor', 2, 4.)),
+    ([{'targets': ['depthwise'], 'alpha': 2}], ('lora', 'taylor', 4, .5)),
+    ([{'targets': ['depthwise'], 'update': 'exp', 'rank': 1}], ('lora', 'exp', 1, 8.)),
+    ([{'targets': ['depthwise'], 'method': 'dense'}], ('dense', 'taylor', None, None)),
+    ([{'targets': ['depthwise'], 'rank': 2}, {'targets': ['stages.*'], 'rank': 3}], ('lora', 'taylor', 3, 8 / 3)),
+    ([{'targets': ['stages.*'], 'rank': 3}, {'targets': ['depthwise'], 'rank': 2}], ('lora', 'taylor', 2, 4.)),
+    ([{'targets': ['depthwise'], 'rank': 2}, {'targets': ['stages.*'], 'alpha': 6}], ('lora', 'taylor', 2, 3.)),
+    ([{'targets': ['head'], 'rank': 2}], ('lora', 'taylor', 4, 2.)),
+], ids=str)
+def test_overrides(net, overrides, expected):
+    given = copy.deepcopy(overrides)
+    adapt(net, rank=4, alpha=8, overrides=overrides)
+    layer = net.stages[1].depthwise_conv
+    assert (layer.method, layer.update, layer.adapter.rank, getattr(layer.adapter, 'scale', None)) == expected
+    assert (net.stem[0].method, net.stem[0].update, net.stem[0].adapter.rank) == ('lora', 'taylor', 4)
+    assert overrides == given
+    assert len(names(net)) == 8
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(('settings', 'match'), [
+    ({'rank': 0}, 'rank .* 0'),
+    ({'rank': -1}, 'rank .* -1'),
+    ({'rank': 1.5}, r'rank .* 1\.5'),
+    ({'rank': True}, 'rank .* True'),
+    ({'rank': '16'}, "rank .* '16'"),
+    ({'rank': None}, 'rank .* None'),
+    ({'alpha': 0}, 'alpha .* 0'),
+    ({'alpha': -1}, 'alpha .* -1'),
+    ({'alpha': math.nan}, 'alpha .* nan'),
+    ({'alpha': math.inf}, 'alpha .* inf'),
+    ({'alpha': '32'}, "alpha .* '32'"),
+    ({'method': 'lara'}, "method 'lara'.*did you mean 'lora'"),
+    ({'method': None}, 'method None'),
+    ({'method': ['lora']}, r"method \['lora'\]"),
+    ({'update': 'tailor'}, "update 'tailor'.*did you mean 'taylor'"),
+    ({'update': 'Additive'}, "update 'Additive'.*did you mean 'additive'"),
+    ({'targets': 'linear'}, r"list.*\['linear'\]"),
+    ({'targets': []}, 'no targets'),
+    ({'targets': ()}, 'no targets'),
+    ({'targets': [3]}, 'target.*3'),
+    ({'targets': ['depthwize']}, "target 'depthwize'.*did you mean 'depthwise'"),
+    ({'targets': ['heed']}, "target 'heed'.*did you mean 'head'"),
+    ({'targets': ['linear', 'stages.2.depthwise_conv']}, "'stages.2.depthwise_conv'.*mean 'stages.[01].dep"),
+    ({'targets': ['stages']}, "target 'stages'"),
+    ({'targets': ['stem.1']}, r"target 'stem\.1'"),  # a norm
+    ({'targets': [r're:stages\.\d']}, r'target .re:stages'),  # has to match the whole name
+    ({'targets': ['re:stages[']}, r'target .re:stages\['),
+    ({'overrides': [{'targets': ['linear'], 'rnak': 4}]}, "'rnak'.*did you mean 'rank'"),
+    ({'overrides': [{'targets': ['linear'], 'train_norm': True}]}, "'train_norm'"),
+    ({'overrides': [{'targets': ['linear'], 'rank': 0}]}, 'rank .* 0'),
+    ({'overrides': [{'targets': ['linear'], 'alpha': math.nan}]}, 'alpha .* nan'),
+    ({'overrides': [{'targets': ['linear'], 'method': 'dens'}]}, "'dens'.*did you mean 'dense'"),
+    ({'overrides': [{'targets': ['linear'], 'update': 'exb'}]}, "'exb'.*did you mean 'exp'"),
+    ({'overrides': [{'targets': ['heads.*'], 'rank': 4}]}, "target 'heads.*'.*did you mean 'head'"),
+    ({'overrides': [{'targets': ['linear']}, {'targets': ['linaer'], 'rank': 4}]}, "'linaer'.*did you mean 'linear'"),
+    ({'overrides': [{'targets': 'linear', 'rank': 4}]}, r"list.*\['linear'\]"),
+    ({'overrides': [{'rank': 4}]}, 'no targets'),
+    ({'overrides': [{'targets': [], 'rank': 4}]}, 'no targets'),
+    ({'overrides': {'targets': ['linear'], 'rank': 4}}, 'overrides'),
+    ({'overrides': ['linear']}, 'overrides'),
+    ({'targets': ['conv'], 'overrides': [{'targets': ['linear'], 'rank': 4}]}, "target 'linear'"),
+], ids=str)
+def test_bad_settings(net, settings, match):
+    assert_refused(net, ValueError, match, **settings)
+
+
+def test_a_kind_that_the_model_lacks():
+    assert_refused(nn.Sequential(nn.Linear(4, 4)), ValueError, "target 'depthwise'", targets=['linear', 'depthwise'])
+
+
+def test_adapting_twice(net):
+    adapt(net, targets=['linear'])
+    assert_refused(net, ValueError, 'adapted already', targets=['conv'])
+    assert_refused(nn.Sequential(nn.Conv2d(3, 3, 3), net), ValueError, 'adapted already')
+
+
+def test_a_model_without_layers():
+    assert_refused(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()), ValueError, 'no convolution and no linear layer')
+
+
+class Deformable(nn.Module):
+    """As mmcv.ops.DeformConv2d: a convolution that is no nn.Conv2d."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+
+    def forward(self, x, offset):
+        return F.conv2d(x + offset, self.weight)
+
+
+class HelpedConv2d(nn.Conv2d):
+    """Computes with its weight in another method."""
+
+    def forward(self, x):
+        return self.run(x)
+
+    def run(self, x):
+        return F.conv2d(x, self.weight)
+
+
+class DirectConv2d(nn.Conv2d):
+    """Calls torch's forward by its name, so that no subclass can come between."""
+
+    def forward(self, x):
+        return nn.Conv2d.forward(self, x)
+
+
+class NestedConv2d(nn.Conv2d):
+    """Names its weight in an inner function."""
+
+    def forward(self, x):
+        run = lambda: F.conv2d(x, self.weight)  # noqa: E731
+        return run() + 0 * super().forward(x)
+
+
+def no_op(function):
+
+    def wrapper(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+class DecoratedConv2d(nn.Conv2d):
+
+    @no_op
+    def forward(self, x):
+        return F.conv2d(x, self.weight)
+
+
+class HeirOfConvWS2d(ConvWS2d):
+    """Inherits the forward that computes with the weight."""
+
+
+class ReplacedForward(nn.Sequential):
+    """A layer whose forward was replaced on the instance, as wrappers for precision or off-loading do."""
+
+    def __init__(self):
+        super().__init__(nn.ReLU(), nn.Linear(4, 4))
+        forward = self[1].forward
+        self[1].forward = lambda x: forward(x)
+
+
+@pytest.mark.parametrize(('make', 'targets'), [
+    (Deformable, ['1']),
+    (lambda: ConvWS2d(3, 4, 3), KINDS),
+    (lambda: ConvAWS2d(3, 4, 3), KINDS),
+    (lambda: HeirOfConvWS2d(3, 4, 3), KINDS),
+    (lambda: Conv2dAdaptivePadding(3, 4, 3), KINDS),
+    (lambda: HelpedConv2d(3, 4, 3), KINDS),
+    (lambda: DirectConv2d(3, 4, 3), KINDS),
+    (lambda: NestedConv2d(3, 4, 3), KINDS),
+    (lambda: DecoratedConv2d(3, 4, 3), KINDS),
+    (lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), KINDS),
+    (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4)), KINDS),
+    (lambda: nn.utils.spectral_norm(nn.Linear(3, 4)), KINDS),
+], ids=['deformable', 'ConvWS2d', 'ConvAWS2d', 'heir', 'Conv2dAdaptivePadding', 'helped', 'direct', 'nested',
+        'decorated', 'weight_norm', 'spectral_norm', 'old_spectral_norm'])
+def test_layers_that_cannot_be_adapted(make, targets):
+    assert_refused(nn.Sequential(nn.Linear(2, 2), make()), TypeError, '^1: ', targets=targets)
+
+    # They may stay as they are, among adapted ones
+    assert names(adapt(nn.Sequential(nn.Linear(2, 2), make()), targets=['0'])) == ['0']
+
+
+@pytest.mark.parametrize('targets', [KINDS, ['0']], ids=['all', 'others'])
+@pytest.mark.parametrize('make', [lambda: nn.LazyLinear(4), lambda: nn.LazyConv2d(4, 3), nn.LazyBatchNorm1d],
+                         ids=['LazyLinear', 'LazyConv2d', 'LazyBatchNorm1d'])
+def test_lazy_layers(make, targets):
+    """They cannot be frozen either, so targets that leave them out do not help."""
+    assert_refused(nn.Sequential(nn.Linear(2, 2), make()), TypeError, '^1: .*first forward pass', targets=targets)
+
+
+def test_kinds_leave_out_what_is_no_kind():
+    assert names(adapt(nn.Sequential(nn.Linear(2, 2), Deformable(), nn.Embedding(2, 2)))) == ['0']
+
+
+def test_a_replaced_forward():
+    assert_refused(ReplacedForward(), TypeError, '^1: .*forward')
+
+
+@pytest.mark.parametrize('targets', [KINDS, ['*'], ['out_proj']], ids=str)
+def test_multihead_attention(targets):
+    assert_refused(nn.MultiheadAttention(4, 2), TypeError, 'out_proj: .*MultiheadAttention', targets=targets)
+
+
+@pytest.mark.parametrize('targets', [['linear1'], ['linear2'], ['linear?']], ids=str)
+def test_transformer_encoder_layer(targets):
+    """Its fast path in eval mode hands these weights to a kernel, and never calls the layers."""
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    assert_refused(layer, TypeError, 'linear[12]: .*TransformerEncoderLayer', targets=targets)
+
+
+def test_tied_weights():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    for targets in (KINDS, ['0'], ['2']):
+        assert_refused(model, ValueError, r'\b0\b.*\b2\b', targets=targets)
+    embedding = nn.ModuleDict({'embed': nn.Embedding(4, 4), 'out': nn.Linear(4, 4)})
+    embedding['out'].weight = embedding['embed'].weight
+    assert_refused(embedding, ValueError, '^out: .*embed')
+
+
+# What trains, and what stays
+
+
+@pytest.mark.parametrize('train_bias', [False, True], ids=['', 'bias'])
+@pytest.mark.parametrize('train_norm', [False, True], ids=['', 'norm'])
+@pytest.mark.parametrize('targets', [KINDS, ['depthwise', 'pointwise']], ids=['all', 'some'])
+@every_setting
+def test_what_trains(net, method, update, targets, train_norm, train_bias):
+    base = {name for name, _ in net.named_parameters()}
+    adapt(net, rank=2, method=method, update=update, targets=targets, train_norm=train_norm, train_bias=train_bias)
+    expected = {name for name, _ in net.named_parameters()} - base
+    if train_norm:
+        expected |= {'stem.1.weight', 'stem.1.bias'}
+        for block in ('stages.0', 'stages.1'):
+            expected |= {f'{block}.norm.weight', f'{block}.norm.bias', f'{block}.grn.gamma', f'{block}.grn.beta'}
+    if train_bias:
+        expected |= {f'{block}.{layer}.bias' for block in ('stages.0', 'stages.1')
+                     for layer in ('depthwise_conv', 'pointwise_conv1')}  # pointwise_conv2 has none
+        if targets is KINDS:
+            expected |= {'stem.0.bias', 'head.bias'}
+    assert {name for name, p in net.named_parameters() if p.requires_grad} == expected
+    assert intended_parameters(net) == expected
+
+
+@every_setting
+def test_keys_names_and_objects_stay(net, method, update):
+    keys, modules = list(net.state_dict()), dict(net.named_modules())
+    parameters = dict(net.named_parameters())
+    assert adapt(net, rank=2, method=method, update=update) is net
+    assert [key for key in net.state_dict() if '.adapter.' not in key] == keys
+    for name in names(net):
+        assert any(key.startswith(f'{name}.adapter.') for key in net.state_dict())
+    now = dict(net.named_modules())
+    assert [name for name in now if '.adapter' not in f'.{name}'] == list(modules)
+    assert all(now[name] is module for name, module in modules.items())
+    now = dict(net.named_parameters())
+    assert all(now[name] is parameter for name, parameter in parameters.items())
+    assert {key.rpartition('.adapter.')[0] for key in net.state_dict() if '.adapter.' in key} == set(names(net))
+
+
+@every_setting
+def test_a_published_checkpoint_loads_without_mapping(net, image, method, update):
+    published = copy.deepcopy(net.state_dict())
+    adapt(net, rank=2, method=method, update=update)
+    result = net.load_state_dict(published, strict=False)
+    assert result.unexpected_keys == []
+    assert all('.adapter.' in key for key in result.missing_keys)
+
+
+@every_setting
+def test_the_life_of_a_network(net, image, perturb, method, update):
+    """Adapted, trained, merged, exported: the whole network gives the output that it should."""
+    base = copy.deepcopy(net)
+    adapt(net, rank=2, method=method, update=update, train_norm=True, train_bias=True)
+    assert torch.equal(net(image), base(image))
+    perturb(net)
+    expected = net(image)
+    assert not torch.equal(expected, base(image))
+    state = copy.deepcopy(net.state_dict())
+
+    assert merge(net) is net
+    assert all(layer.merged for _, layer in adapted_layers(net))
+    torch.testing.assert_close(net(image), expected, rtol=1e-6, atol=1e-6)
+    merged_export = export(net)
+    assert unmerge(net) is net
+    assert torch.equal(net(image), expected)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
+
+    plain = export(net)
+    assert list(plain) == list(merged_export) == list(base.state_dict())
+    assert all(torch.equal(plain[name], merged_export[name]) for name in plain)
+    assert not any(tensor.requires_grad for tensor in plain.values())
+    base.load_state_dict(plain, strict=True)
+    assert not any(isinstance(module, AdaptedLayer) for module in base.modules())
+    torch.testing.assert_close(base(image), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_training_step_moves_only_what_trains(net, image):
+    adapt(net, rank=2, train_norm=True)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    optimizer = torch.optim.SGD(net.parameters(), lr=.1, weight_decay=.1)  # all of them, as MMEngine does
+    for _ in range(2):  # in the first step, B is zero and A has no gradient
+        optimizer.zero_grad()
+        net(image).square().sum().backward()
+        optimizer.step()
+    moved = {name for name, p in net.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == intended_parameters(net)
+
+
+class Versioned(nn.Linear):
+    """Reads old checkpoints, as layers of mmcv and mmdet do: those without a version have another layout."""
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        if local_metadata.get('version') != 2:
+            state_dict[f'{prefix}weight'] = state_dict[f'{prefix}weight'].flip(0)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def test_export_keeps_the_versions_of_modules():
+    model = nn.Sequential(nn.Linear(4, 4), Versioned(4, 4))
+    plain = copy.deepcopy(model)
+    plain.load_state_dict(export(adapt(model)))
+    assert torch.equal(plain[1].weight, model[1].weight)
+
+
+class Twice(nn.Module):
+    """One layer under two names, as the shared convolutions of RTMDet's heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second = self.first
+        self.norm = nn.LayerNorm(4)
+
+    def forward(self, x):
+        return self.norm(self.second(self.first(x)))
+
+
+def test_a_layer_under_two_names(perturb):
+    base, x = Twice(), torch.randn(3, 4)
+    model = adapt(copy.deepcopy(base), rank=2, train_norm=True, train_bias=True)
+    fresh = copy.deepcopy(model)
+    perturb(model)
+    assert len(summary(model)) == 1
+    assert not any('weight' in name and 'norm' not in name for name in adapter_state_dict(model))
+    assert set(fingerprint(model)) == {'first.weight', 'second.weight'}
+
+    assert torch.equal(load_adapter(fresh, adapter_state_dict(model))(x), model(x))
+    assert list(export(model)) == list(base.state_dict())
+    base.load_state_dict(export(model), strict=True)
+    torch.testing.assert_close(base(x), model(x), rtol=1e-6, atol=1e-6)
+
+
+# Reports
+
+
+def test_summary(net):
+    rows = summary(adapt(net, rank=2, alpha=4, overrides=[{'targets': ['depthwise'], 'method': 'dense'},
+                                                          {'targets': ['head'], 'update': 'additive'}]))
+    assert tuple(rows[0]) == ('stem.0', 'conv', (4, 3, 3, 3), 'lora', 'taylor', 2, 6 * 9 + 12 * 6, 4 * 27 + 4)
+    assert tuple(rows[1]) == ('stages.0.depthwise_conv', 'depthwise', (4, 1, 3, 3), 'dense', 'taylor', None, 36, 36 + 4)
+    assert tuple(rows[3]) == ('stages.0.pointwise_conv2', 'pointwise', (4, 8, 1, 1), 'lora', 'taylor', 2, 24, 32)
+    assert tuple(rows[-1]) == ('head', 'linear', (2, 4), 'lora', 'additive', 2, 12, 8 + 2)
+    assert [row.layer for row in rows] == names(net)
+    assert rows.trainable == sum(row.trainable for row in rows) == 126 + 2 * (36 + 24 + 24) + 12
+    assert rows.total == sum(p.numel() for p in net.parameters())
+
+
+def test_summary_as_text(net):
+    rows = summary(adapt(net, rank=2, train_norm=True, overrides=[{'targets': ['depthwise'], 'method': 'dense'}]))
+    header, *body, total = str(rows).splitlines()
+    assert header.split() == ['layer', 'kind', 'shape', 'method', 'update', 'rank', 'trainable', 'frozen']
+    assert len(body) == len(rows) == 8
+    assert re.split(r'\s{2,}', body[0]) == ['stem.0', 'conv', '4 x 3 x 3 x 3', 'lora', 'taylor', '2', '126', '112']
+    assert re.split(r'\s{2,}', body[1])[3:6] == ['dense', 'taylor', '-']
+    assert total.startswith('8 adapted layers with 306 parameters')
+    assert f'{rows.trainable:,} of {rows.total:,}' in total
+    assert rows.trainable == 306 + 8 + 2 * (8 + 16)  # the batch norm, two norms, two GRN
+
+
+def test_summary_counts_only_what_is_frozen(net):
+    adapt(net, rank=2, train_bias=True)
+    assert summary(net)[-1].frozen == 8
+    assert summary(net)[-1].trainable == 12  # the adapter's
+
+
+@pytest.mark.parametrize('merged', [False, True], ids=['unmerged', 'merged'])
+def test_range_report(merged):
+    model = nn.Sequential(nn.Linear(2, 5), nn.Linear(5, 2), nn.Linear(2, 2), nn.Linear(2, 1))
+    for layer, zeros in zip(model, (2, 1, 0, 1)):
+        with torch.no_grad():
+            layer.weight.fill_(1).view(-1)[:zeros] = 0
+    overrides = [{'targets': ['1'], 'update': 'exp'}, {'targets': ['3'], 'update': 'additive'}]
+    adapt(model, method='dense', overrides=overrides)
+    set_delta(model[0], [[-.999, 1.], [-1., -2.], [0., 0.], [0., 0.], [-1.5, 3.]])
+    set_delta(model[1], -4.)
+    set_delta(model[3], 3.5)
+    if merged:
+        merge(model)
+    report = range_report(model)
+    assert (report.max_delta, report.max_delta_layer) == (4, '1')
+    assert report.sign_change_share == 3 / 14  # of layers 0 and 2
+    assert report.zero_weights == 3  # of layers 0 and 1, before Δ = -1 made one more
+
+
+def test_range_report_at_start(net):
+    report = range_report(adapt(net))
+    assert report.max_delta == 0
+    assert report.sign_change_share == 0
+    assert report.zero_weights == 0
+
+
+@pytest.mark.parametrize('position', [0, 1, 2])
+@pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
+def test_range_report_names_the_layer_that_is_not_finite(position, value):
+    model = adapt(nn.Sequential(*[nn.Linear(2, 2) for _ in range(3)]), method='dense')
+    for layer in model:
+        set_delta(layer, 5.)
+    set_delta(model[position], [[1., value], [2., 3.]])
+    report = range_report(model)
+    assert report.max_delta_layer == str(position)
+    assert math.isnan(report.max_delta) if math.isnan(value) else report.max_delta == math.inf
+
+
+def test_range_report_without_taylor_layers():
+    model = adapt(nn.Linear(2, 2), method='dense', update='additive')
+    set_delta(model, -3.)
+    assert range_report(model).sign_change_share == 0
+
+
+@every_setting
+def test_without_adapters(net, image, perturb, method, update):
+    base = copy.deepcopy(net)
+    perturb(adapt(net, rank=2, method=method, update=update))
+    keys, modules, expected = list(net.state_dict()), [n for n, _ in net.named_modules()], net(image)
+    with without_adapters(net) as inside:
+        assert inside is net
+        assert list(net.state_dict()) == list(base.state_dict())
+        assert [name for name, _ in net.named_parameters()] == [name for name, _ in base.named_parameters()]
+        net.load_state_dict(base.state_dict(), strict=True)
+    assert list(net.state_dict()) == keys
+    assert [name for name, _ in net.named_modules()] == modules
+    assert torch.equal(net(image), expected)
+
+
+def test_without_adapters_restores_after_an_exception(net, image):
+    expected, keys = adapt(net)(image), list(net.state_dict())
+    with pytest.raises(RuntimeError, match='from inside'), without_adapters(net):
+        raise RuntimeError('from inside')
+    assert list(net.state_dict()) == keys
+    assert torch.equal(net(image), expected)
+
+
+def test_loading_other_base_weights_inside_without_adapters(net, image, perturb):
+    base = copy.deepcopy(net)
+    for parameter in base.parameters():
+        nn.init.normal_(parameter)
+    perturb(adapt(net, rank=2))
+    factors = copy.deepcopy(adapter_state_dict(net))
+    merge(net)
+    with without_adapters(net):
+        net.load_state_dict(base.state_dict(), strict=True)
+    assert not any(layer.merged for _, layer in adapted_layers(net))
+    reference = load_adapter(adapt(base, rank=2), factors)
+    assert torch.equal(net(image), reference(image))

@@ -1,0 +1,516 @@
+"""One matrix of promises: every kind of layer x every update x every method keeps each of them.
+
+A new kind of layer is a line in ``KINDS``. A new method or update joins by itself; the formula that it has to match
+goes into ``DELTAS`` or ``MOVES``.
+"""
+import copy
+import functools
+import io
+import itertools
+import pickle
+import shutil
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mmcv.cnn.bricks import wrappers
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from liera_mm import adapt, adapter_state_dict, export, load_adapter, merge, save_adapter, unmerge
+from liera_mm.algebra import METHODS
+from liera_mm.group import UPDATES
+from liera_mm.layers import adapted_class
+
+RANK, ALPHA = 2, 3
+
+
+class PaddedConv2d(nn.Conv2d):
+    """A subclass that prepares its input and leaves the rest to torch."""
+
+    def forward(self, x):
+        return super().forward(F.pad(x, (1, 2, 0, 1)))
+
+
+def pad(mode):
+    return lambda x, w, b: F.conv2d(F.pad(x, (1, 1, 2, 2), mode), w, b)
+
+
+def f(function, **kwargs):
+    return functools.partial(function, **kwargs)
+
+
+# id: how to make the layer, the shape of its input, and what it computes from input, weight and bias
+KINDS = {
+    'linear': (lambda: nn.Linear(6, 5), (2, 3, 6), F.linear),
+    'linear_no_bias': (lambda: nn.Linear(6, 5, bias=False), (4, 6), F.linear),
+    'conv1d': (lambda: nn.Conv1d(4, 6, 3), (2, 4, 7), F.conv1d),
+    'conv2d': (lambda: nn.Conv2d(4, 6, 3), (2, 4, 5, 6), F.conv2d),
+    'conv2d_no_bias': (lambda: nn.Conv2d(4, 6, 3, bias=False), (2, 4, 5, 6), F.conv2d),
+    'conv3d': (lambda: nn.Conv3d(2, 3, 3), (1, 2, 4, 5, 4), F.conv3d),
+    'strided_padded_dilated': (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=2), (2, 4, 7, 8),
+                               f(F.conv2d, stride=2, padding=1, dilation=2)),
+    'same_padding': (lambda: nn.Conv2d(4, 6, 3, padding='same'), (2, 4, 5, 5), f(F.conv2d, padding=1)),
+    'grouped': (lambda: nn.Conv2d(4, 6, 3, groups=2), (2, 4, 5, 5), f(F.conv2d, groups=2)),
+    'depthwise7x7': (lambda: nn.Conv2d(4, 4, 7, padding=3, groups=4), (2, 4, 8, 8), f(F.conv2d, padding=3, groups=4)),
+    'depthwise_multiplier': (lambda: nn.Conv2d(3, 6, 3, groups=3), (2, 3, 5, 5), f(F.conv2d, groups=3)),
+    'pointwise': (lambda: nn.Conv2d(4, 6, 1), (2, 4, 3, 3), F.conv2d),
+    'reflect': (lambda: nn.Conv2d(4, 6, 3, padding=(2, 1), padding_mode='reflect'), (2, 4, 5, 6), pad('reflect')),
+    'circular': (lambda: nn.Conv2d(4, 6, 3, padding=(2, 1), padding_mode='circular'), (2, 4, 5, 6), pad('circular')),
+    'kernel3x5': (lambda: nn.Conv2d(4, 6, (3, 5)), (2, 4, 5, 7), F.conv2d),
+    'transpose1d': (lambda: nn.ConvTranspose1d(4, 6, 3, stride=2), (2, 4, 5), f(F.conv_transpose1d, stride=2)),
+    'transpose2d': (lambda: nn.ConvTranspose2d(
+        4, 6, 3, stride=3, padding=1, output_padding=(0, 1), groups=2, dilation=2), (2, 4, 3, 4),
+                    f(F.conv_transpose2d, stride=3, padding=1, output_padding=(0, 1), groups=2, dilation=2)),
+    'transpose3d': (lambda: nn.ConvTranspose3d(2, 3, 3, bias=False), (1, 2, 3, 3, 2), F.conv_transpose3d),
+    'mmcv_conv2d': (lambda: wrappers.Conv2d(4, 6, 3, padding=1), (2, 4, 5, 5), f(F.conv2d, padding=1)),
+    'mmcv_linear': (lambda: wrappers.Linear(6, 5), (4, 6), F.linear),
+    'mmcv_transpose2d': (lambda: wrappers.ConvTranspose2d(4, 6, 2, stride=2), (2, 4, 3, 4),
+                         f(F.conv_transpose2d, stride=2)),
+    'padded_subclass': (lambda: PaddedConv2d(4, 6, 3), (2, 4, 5, 5),
+                        lambda x, w, b: F.conv2d(F.pad(x, (1, 2, 0, 1)), w, b)),
+}
+
+# The definitions of Δ, where `old` holds the adapter's parameters at start and `new` their values now
+LOW_RANK = lambda old, new: ALPHA / RANK * (new['B'] @ new['A'] - old['B'] @ old['A'])  # noqa: E731
+DELTAS = {
+    'lora': LOW_RANK,
+    'pissa': LOW_RANK,
+    'dora': LOW_RANK,
+    'dense': lambda old, new: new['delta'],
+}
+MOVES = {
+    'additive': lambda w, d: w + d,
+    'taylor': lambda w, d: w * (1 + d),
+    'exp': lambda w, d: w * d.exp(),
+}
+
+
+class Case:
+    """One cell of the matrix: a layer, its adapted copy with trained factors, and an input."""
+
+    def __init__(self, kind, method, update, dtype=torch.float32):
+        make, shape, self.function = KINDS[kind]
+        self.settings = {'rank': RANK, 'alpha': ALPHA, 'method': method, 'update': update}
+        self.base = make().to(dtype)
+        self.x = torch.randn(shape, dtype=dtype)
+        self.layer = self.fresh()
+        self.old = {name: p.detach().clone() for name, p in self.layer.adapter.named_parameters()}
+        self.layer = train(self.layer)
+
+    def fresh(self):
+        """The layer just after adapt()."""
+        return adapt(copy.deepcopy(self.base), **self.settings)
+
+    def parameters(self):
+        """A leaf copy of every trained tensor, to differentiate the reference by."""
+        return {name: p.detach().clone().requires_grad_() for name, p in self.layer.adapter.named_parameters()}
+
+    def reference_weight(self, new):
+        """The effective weight by its definition."""
+        weight = self.base.weight.detach()
+        delta = DELTAS[self.settings['method']](self.old, new).reshape(weight.shape)
+        moved = MOVES[self.settings['update']](weight, delta)
+        if self.settings['method'] != 'dora':
+            return moved
+        # The output channels of a transposed convolution are in the second dimension, those of a group together
+        groups = self.base.groups if 'Transpose' in type(self.base).__name__ else 0
+        moved = moved.unflatten(0, (groups, -1)).flatten(3) if groups else moved.flatten(1)
+        magnitude, = (p for name, p in new.items() if name not in 'AB')
+        norm = moved.pow(2).sum((1, 3) if groups else 1, keepdim=True).sqrt()
+        return (magnitude.reshape(norm.shape) * moved / norm).reshape(weight.shape)
+
+    def reference(self, x, new):
+        return self.function(x, self.reference_weight(new), self.base.bias)
+
+
+@torch.no_grad()
+def train(layer):
+    for parameter in layer.adapter.parameters():
+        parameter.add_(.2 * torch.randn_like(parameter))
+    return layer
+
+
+def all_cases(*kinds):
+    return pytest.mark.parametrize(
+        ('kind', 'method', 'update'),
+        [pytest.param(k, m, u, id=f'{k}-{m}-{u}') for k in kinds or KINDS for m in METHODS for u in UPDATES])
+
+
+@pytest.fixture
+def case(seed, kind, method, update):
+    return Case(kind, method, update)
+
+
+@pytest.fixture
+def double(seed, kind, method, update):
+    return Case(kind, method, update, torch.float64)
+
+
+def assert_close(actual, expected, relative=1e-6):
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= relative * expected.abs().max()
+
+
+def assert_same(state, other):
+    """Two state dicts are equal, in their order too."""
+    assert list(state) == list(other)
+    assert all(torch.equal(state[name], other[name]) for name in state)
+
+
+def trained(layer):
+    return list(layer.adapter.parameters())
+
+
+# Identity at start
+
+
+@all_cases()
+def test_start_changes_nothing(case):
+    layer = case.fresh()
+    for mode in (True, False):
+        case.base.train(mode)
+        layer.train(mode)
+        assert torch.equal(layer(case.x), case.base(case.x))
+    assert torch.equal(layer.effective_weight(), case.base.weight)
+    assert torch.equal(copy.deepcopy(layer)(case.x), case.base(case.x))
+
+
+@all_cases()
+def test_trained_factors_change_the_output(case):
+    """Keeps the tests below honest: without this, a layer that ignores its adapter would pass many of them."""
+    assert (case.layer(case.x) - case.base(case.x)).abs().max() > 1e-2
+
+
+# Values and gradients
+
+
+@all_cases()
+def test_output_and_gradients_are_those_of_the_formula(double):
+    double.x.requires_grad_()
+    output = double.layer(double.x)
+    new = double.parameters()
+    expected = double.reference(double.x, new)
+    assert_close(output, expected, 1e-12)
+
+    direction = torch.randn_like(output)
+    gradients = torch.autograd.grad(output, [double.x, *trained(double.layer)], direction)
+    expected = torch.autograd.grad(expected, [double.x, *new.values()], direction)
+    for gradient, reference in zip(gradients, expected):
+        assert_close(gradient, reference, 1e-10)
+
+
+@all_cases()
+def test_gradcheck(double):
+    names = [f'adapter.{name}' for name in double.old]
+
+    def forward(x, *values):
+        return torch.func.functional_call(double.layer, dict(zip(names, values)), (x, ))
+
+    inputs = [t.detach().clone().requires_grad_() for t in (double.x, *trained(double.layer))]
+    assert torch.autograd.gradcheck(forward, inputs, fast_mode=True)
+
+
+@all_cases()
+def test_only_the_factors_get_gradients(case):
+    case.layer(case.x).square().sum().backward()
+    with_gradient = {name for name, p in case.layer.named_parameters() if p.grad is not None}
+    assert with_gradient == {f'adapter.{name}' for name in case.old}
+    assert all(p.grad.count_nonzero() for p in trained(case.layer))
+
+
+def test_linear_taylor_formula():
+    layer = adapt(nn.Linear(6, 4), rank=2, alpha=5, update='taylor')
+    train(layer)
+    x, w, a, b = torch.randn(3, 6), layer.weight, layer.adapter.A, layer.adapter.B
+    assert_close(layer(x), x @ w.T + 5 / 2 * x @ (w * (b @ a)).T + layer.bias)
+
+
+@pytest.mark.parametrize('groups', [1, 2, 4])
+def test_additive_convolution_is_that_of_loralib(groups):
+    layer = adapt(nn.Conv2d(4, 8, 3, padding=1, groups=groups), rank=2, alpha=5, update='additive')
+    train(layer)
+    x, w, a, b = torch.randn(2, 4, 5, 5), layer.weight, layer.adapter.A, layer.adapter.B
+    assert a.shape == (2 * 3, 4 * 3)
+    assert b.shape == (8 // groups * 3, 2 * 3)
+    expected = F.conv2d(x, w + (b @ a).view(w.shape) * 5 / 2, layer.bias, padding=1, groups=groups)
+    assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize('method', ['lora', 'dense'])
+@pytest.mark.parametrize('kind', ['linear', 'conv2d', 'transpose2d'])
+def test_exp_formula(kind, method):
+    layer = Case(kind, method, 'exp').layer
+    assert_close(layer.effective_weight(), layer.weight * layer.adapter().exp())
+
+
+@pytest.mark.parametrize('output_size', [(7, 7), (8, 7)])
+def test_transposed_convolution_takes_an_output_size(output_size):
+    base = nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1)
+    x = torch.randn(2, 4, 4, 4)
+    output = adapt(copy.deepcopy(base))(x, output_size=output_size)
+    assert output.shape[2:] == output_size
+    assert torch.equal(output, base(x, output_size=output_size))
+
+
+# Merging
+
+
+@all_cases()
+def test_merged_equals_unmerged(case):
+    expected, effective = case.layer(case.x), case.layer.effective_weight()
+    weight = case.layer.weight
+    assert merge(case.layer) is case.layer
+    assert case.layer.merged
+    assert case.layer.weight is weight
+    assert torch.equal(weight, effective)
+    assert torch.equal(case.layer.effective_weight(), effective)
+    assert_close(case.layer(case.x), expected)
+
+
+@all_cases()
+def test_unmerge_restores_the_weight_bit_for_bit(case):
+    weight = case.layer.weight
+    expected = case.layer(case.x)
+    for _ in range(10):
+        merge(merge(case.layer))  # merging twice folds in once
+        merged = weight.clone()
+        assert unmerge(unmerge(case.layer)) is case.layer
+        assert not case.layer.merged
+        assert case.layer.weight is weight
+        assert torch.equal(weight, case.base.weight)
+    merge(case.layer)
+    assert torch.equal(weight, merged)
+    unmerge(case.layer)
+    assert torch.equal(case.layer(case.x), expected)
+
+
+@all_cases()
+def test_memory_format_is_kept(case):
+    formats = {4: [torch.contiguous_format, torch.channels_last], 5: [torch.contiguous_format, torch.channels_last_3d]}
+    for memory_format in formats.get(case.base.weight.dim(), [torch.contiguous_format]):
+        layer = copy.deepcopy(case.layer).to(memory_format=memory_format)
+        strides = layer.weight.stride()
+        assert layer.effective_weight().stride() == strides
+        gradients = torch.autograd.grad(layer(case.x).square().sum(), trained(layer))
+        expected = torch.autograd.grad(case.layer(case.x).square().sum(), trained(case.layer))
+        for gradient, reference in zip(gradients, expected):
+            assert_close(gradient, reference, 1e-5)
+        assert merge(layer).weight.stride() == strides
+        assert unmerge(layer).weight.stride() == strides
+
+
+@all_cases()
+def test_state_dict_does_not_depend_on_merging(case):
+    state = {name: tensor.clone() for name, tensor in case.layer.state_dict().items()}
+    assert_same(merge(case.layer).state_dict(), state)
+    assert torch.equal(state['weight'], case.base.weight)
+
+
+@all_cases()
+def test_loading_into_a_merged_layer_unmerges_it(case):
+    state = copy.deepcopy(case.layer.state_dict())
+    expected = case.layer(case.x)
+    other = merge(train(case.fresh()))
+    other.load_state_dict(state)
+    assert not other.merged
+    assert_same(other.state_dict(), state)
+    assert torch.equal(other(case.x), expected)
+    assert torch.equal(merge(other)(case.x), merge(case.layer)(case.x))
+
+
+@all_cases()
+def test_export_fits_the_original_layer(case):
+    expected = case.layer(case.x)
+    for layer in (case.layer, merge(copy.deepcopy(case.layer))):
+        plain = copy.deepcopy(case.base)
+        for parameter in plain.parameters():
+            nn.init.normal_(parameter)  # everything has to come from the export
+        plain.load_state_dict(export(layer), strict=True)
+        assert_close(plain(case.x), expected)
+
+
+# Saving, copying
+
+
+@all_cases()
+def test_round_trips(case, tmp_path):
+    expected = case.layer(case.x)
+
+    by_state = train(case.fresh())
+    by_state.load_state_dict(case.layer.state_dict())
+    assert torch.equal(by_state(case.x), expected)
+
+    by_mapping = load_adapter(train(case.fresh()), adapter_state_dict(case.layer))
+    assert torch.equal(by_mapping(case.x), expected)
+
+    save_adapter(case.layer, tmp_path / 'adapter.safetensors')
+    by_file = load_adapter(merge(train(case.fresh())), tmp_path / 'adapter.safetensors')
+    assert torch.equal(by_file(case.x), expected)
+    assert_same(by_file.state_dict(), case.layer.state_dict())
+
+
+def saved_and_loaded(layer):
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize('merged', [False, True], ids=['unmerged', 'merged'])
+@pytest.mark.parametrize('clone', [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer)), saved_and_loaded],
+                         ids=['deepcopy', 'pickle', 'torch.save'])
+@all_cases()
+def test_copies(case, clone, merged):
+    if merged:
+        merge(case.layer)
+    expected = case.layer(case.x)
+    twin = clone(case.layer)
+    assert type(twin) is type(case.layer)
+    assert isinstance(twin, type(case.base))
+    assert twin.extra_repr() == case.base.extra_repr()
+    assert twin.merged == merged
+    assert_same(twin.state_dict(), case.layer.state_dict())
+    assert torch.equal(twin(case.x), expected)
+    assert [p.requires_grad for p in twin.parameters()] == [p.requires_grad for p in case.layer.parameters()]
+
+    # Nothing is shared: training the copy leaves the layer alone
+    train(unmerge(twin))
+    nn.init.normal_(twin.weight)
+    assert not torch.equal(twin(case.x), expected)
+    assert torch.equal(case.layer(case.x), expected)
+    assert torch.equal(unmerge(case.layer).weight, case.base.weight)
+
+
+# Precision and devices
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@all_cases()
+def test_other_precisions(case, dtype):
+    layer, x = case.layer.to(dtype), case.x.to(dtype)
+    case.base.to(dtype)
+    output = layer(x)
+    assert output.dtype == dtype
+    assert torch.equal(output, case.function(x, layer.effective_weight(), case.base.bias))
+
+    # The arithmetic is in float32 at least, so that the result is that of the formula up to one rounding
+    wide = torch.promote_types(dtype, torch.float32)
+    case.base.to(wide)
+    case.old = {name: p.to(dtype).to(wide) for name, p in case.old.items()}
+    exact = case.reference_weight({name: p.to(wide) for name, p in case.parameters().items()})
+    effective = layer.effective_weight()
+    assert effective.dtype == dtype
+    assert ((effective.to(wide) - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 1e-7).all()
+
+    output.sum().backward()
+    assert all(p.grad.dtype == dtype and p.grad.isfinite().all() for p in trained(layer))
+
+
+@all_cases()
+def test_autocast_leaves_the_effective_weight_in_float32(case):
+    expected = case.layer.effective_weight()
+    with torch.autocast('cpu', torch.bfloat16):
+        effective = case.layer.effective_weight()
+        output = case.layer(case.x)
+    assert effective.dtype == torch.float32
+    assert torch.equal(effective, expected)
+    bias = case.base.bias if case.base.bias is None else case.base.bias.bfloat16()
+    assert torch.equal(output, case.function(case.x.bfloat16(), expected.bfloat16(), bias))
+    output.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in trained(case.layer))
+
+
+@all_cases()
+def test_double_and_back_keeps_the_layer(case):
+    expected = case.layer(case.x)
+    parameters = list(map(id, case.layer.parameters()))
+    layer = case.layer.to(torch.float64)
+    assert all(p.dtype == torch.float64 for p in layer.parameters())
+    assert_close(layer(case.x.double()), expected.double(), 1e-5)
+    layer.to(torch.float32)
+    assert torch.equal(layer(case.x), expected)
+    assert list(map(id, layer.parameters())) == parameters
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+@pytest.mark.parametrize('kind', KINDS)
+def test_cuda(kind, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+    for method, update, prepare in itertools.product(METHODS, UPDATES, (merge, unmerge)):
+        case = Case(kind, method, update)
+        expected = case.layer(case.x)
+        layer = prepare(case.layer).cuda()
+        assert {p.device.type for p in layer.parameters()} == {'cuda'}
+        assert_close(layer(case.x.cuda()).cpu(), expected, 1e-5)
+        assert_close(unmerge(layer)(case.x.cuda()).cpu(), expected, 1e-5)
+        assert torch.equal(layer.weight.cpu(), case.base.weight)
+        assert torch.equal(layer.cpu()(case.x), expected)
+
+
+# With the rest of torch
+
+
+@all_cases()
+@pytest.mark.parametrize('use_reentrant', [True, False], ids=['reentrant', 'not_reentrant'])
+def test_checkpointing(case, use_reentrant):
+    x = case.x.requires_grad_()
+    expected = torch.autograd.grad(case.layer(x).square().sum(), [x, *trained(case.layer)])
+    checkpoint(case.layer, x, use_reentrant=use_reentrant).square().sum().backward()
+    for tensor, gradient in zip([x, *trained(case.layer)], expected):
+        assert_close(tensor.grad, gradient)
+
+
+@all_cases('linear', 'depthwise7x7', 'transpose2d')
+def test_compile(case):
+    torch._dynamo.reset()
+    expected = case.layer(case.x)
+    expected_gradients = torch.autograd.grad(expected.square().sum(), trained(case.layer))
+    output = torch.compile(case.layer, backend='aot_eager', fullgraph=True)(case.x)
+    assert_close(output, expected)
+    gradients = torch.autograd.grad(output.square().sum(), trained(case.layer))
+    for gradient, reference in zip(gradients, expected_gradients):
+        assert_close(gradient, reference, 1e-5)
+
+
+@pytest.mark.skipif(not shutil.which('g++') or sys.platform == 'win32', reason='inductor needs a C++ compiler')
+def test_compile_with_inductor():
+    torch._dynamo.reset()
+    case = Case('conv2d', 'lora', 'taylor')
+    assert_close(torch.compile(case.layer, fullgraph=True)(case.x), case.layer(case.x), 1e-5)
+
+
+@pytest.mark.parametrize('mode', [True, False], ids=['train', 'eval'])
+@all_cases('linear', 'conv2d')
+def test_training_flag_is_kept(case, mode):
+    layer = adapt(case.base.train(mode), **case.settings)
+    assert [module.training for module in layer.modules()] == [mode] * len(list(layer.modules()))
+    for flag in (not mode, mode):
+        assert all(module.training == flag for module in layer.train(flag).modules())
+        merge(layer)
+        assert unmerge(layer).training == flag
+
+
+@all_cases('linear', 'conv2d', 'transpose2d', 'mmcv_conv2d')
+def test_hooks_and_references_stay_valid(case):
+    calls = []
+    case.base.register_forward_pre_hook(lambda *_: calls.append('before'))
+    case.base.register_forward_hook(lambda *_: calls.append('after'))
+    holder = nn.Sequential(case.base)
+    weight, bias = case.base.weight, case.base.bias
+    adapt(holder, **case.settings)
+    assert holder[0] is case.base
+    assert case.base.weight is weight
+    assert case.base.bias is bias
+    holder(case.x)
+    assert calls == ['before', 'after']
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_adapted_class_is_made_once(kind):
+    cls = type(KINDS[kind][0]())
+    assert adapted_class(cls) is adapted_class(cls)
+    assert issubclass(adapted_class(cls), cls)
+    assert adapted_class(cls).original_class is cls
+    assert adapted_class(cls).__name__ == f'Adapted{cls.__name__}'
