@@ -1,5 +1,5 @@
 # make demo   set everything up, train and test on the digits data, show the result (about 15 minutes on two cores)
-# make test   set everything up, check the style and run the tests
+# make test   set everything up and run the tests (the lint is make lint)
 PYTHON ?= python3
 VENV ?= .venv
 export PYTHONUNBUFFERED = 1

@@ -46,7 +46,7 @@ def adapt(model: nn.Module,
         model: Any module; for a detector, its backbone.
         rank: Rank r of the low-rank factors, at least 1.
         alpha: Numerator of the scale alpha / rank of Δ.
-        method: How Δ is parameterised: ``lora`` (low-rank factors) or ``dense``.
+        method: How Δ is parameterised: ``lora``, ``pissa`` or ``dora`` (low-rank factors), or ``dense``.
         update: How Δ moves the weight: ``taylor`` (LieRA, Eq. 8), ``exp`` (Eq. 5) or ``additive`` (LoRA, Eq. 2).
         targets: Which layers to adapt: layer kinds (``conv``, ``depthwise``, ``pointwise``, ``linear``; one layer is of one
             kind, see :func:`layer_kind`), globs on module names (``stages.3.*``; ``*`` crosses dots), or regular
@@ -80,7 +80,6 @@ def adapt(model: nn.Module,
             chosen[name].update(changes)
     _check_layers(model, chosen)
 
-    model.requires_grad_(False)
     for name, setting in chosen.items():
         adapt_layer(layers[name], **setting)
     model.liera = dict(
@@ -209,14 +208,20 @@ def adapted_layers(model: nn.Module) -> Iterator[Tuple[str, AdaptedLayer]]:
 
 @contextlib.contextmanager
 def without_adapters(model: nn.Module) -> Iterator[nn.Module]:
-    """A context in which the model has the parameters that it had before :func:`adapt`, to load or initialise them."""
+    """A context in which the model has the parameters that it had before :func:`adapt`, to load or initialise them.
+
+    Perturbations that have not been trained start from the weights that the model has afterwards.
+    """
     layers = [layer for _, layer in adapted_layers(model)]
+    untrained = [layer.untrained for layer in layers]
     adapters = [layer._modules.pop('adapter') for layer in layers]
     try:
         yield model
     finally:
-        for layer, adapter in zip(layers, adapters):
+        for layer, adapter, start in zip(layers, adapters, untrained):
             layer._modules['adapter'] = adapter
+            if start:
+                adapter.reset(layer.weight)
 
 
 def merge(model: nn.Module) -> nn.Module:

@@ -39,13 +39,54 @@ def low_rank(a: Tensor, b: Tensor, scale: float, shape: torch.Size) -> Tensor:
     return (b @ a).view(shape) * scale
 
 
-class LowRank(nn.Module):
+class Perturbation(nn.Module):
+    """What is learned about one weight; calling it gives Δ, in the shape of the weight and in float32 or better.
+
+    Args:
+        weight: The frozen weight, ``(out, in / groups, *kernel)`` (of a transposed convolution: in and out exchanged).
+        groups: Groups of the convolution, 1 for a linear layer.
+        rank: Rank r of the factors.
+        alpha: Numerator of the scale alpha / rank of Δ.
+        transposed: Whether the weight is of a transposed convolution.
+    """
+
+    def __init__(self, weight: Tensor, groups: int, rank: int, alpha: float, transposed: bool = False):
+        super().__init__()
+        self.shape, self.groups, self.rank, self.transposed = weight.shape, groups, rank, transposed
+        self.scale = alpha / rank
+        self.build(weight)
+
+    def build(self, weight: Tensor) -> None:
+        """Make the trained tensors, on the device and in the dtype of the weight, such that Δ is zero."""
+        raise NotImplementedError
+
+    def reset(self, weight: Tensor) -> None:
+        """Compute again what was computed from the frozen weight, since that has changed; for most there is nothing."""
+
+    def finish(self, moved: Tensor) -> Tensor:
+        """The effective weight, from the weight that the update rule has moved by Δ; for most they are the same."""
+        return moved
+
+
+class Dense(Perturbation):
+    """``method='dense'``: Δ itself is the parameter, in the shape of the weight, zero at start; rank and alpha are unused.
+
+    For a depthwise kernel it has fewer parameters than the factors of any rank above 1, and contains all their Δ.
+    """
+
+    def build(self, weight: Tensor) -> None:
+        self.rank = self.scale = None
+        self.delta = nn.Parameter(torch.zeros_like(weight))
+
+    def forward(self) -> Tensor:
+        return at_least_float32(self.delta)
+
+
+class LowRank(Perturbation):
     """``method='lora'``: Δ = (alpha / rank) · reshape(B A), A Kaiming-uniform (a = √5) and B zero at start."""
 
-    def __init__(self, weight: Tensor, groups: int, rank: int, alpha: float):
-        super().__init__()
-        a_shape, b_shape = factor_shapes(weight.shape, groups, rank)
-        self.shape, self.rank, self.scale = weight.shape, rank, alpha / rank
+    def build(self, weight: Tensor) -> None:
+        a_shape, b_shape = factor_shapes(weight.shape, self.groups, self.rank)
         self.A = nn.Parameter(weight.new_empty(a_shape))
         self.B = nn.Parameter(weight.new_zeros(b_shape))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
@@ -54,19 +95,68 @@ class LowRank(nn.Module):
         return low_rank(at_least_float32(self.A), at_least_float32(self.B), self.scale, self.shape)
 
 
-class Dense(nn.Module):
-    """``method='dense'``: Δ itself is the parameter, in the shape of the weight, zero at start; rank and alpha are unused.
+class Pissa(LowRank):
+    """``method='pissa'``: Δ = (alpha / rank) · reshape(B A - B0 A0), with A0 and B0 the leading singular triplets of W.
 
-    For a depthwise kernel it has fewer parameters than the factors of any rank above 1, and contains all their Δ.
+    A and B start at A0 and B0, which are kept beside them, so that Δ starts at zero under every update rule and never
+    depends on repeating a decomposition. Where the factors have more rows than W has singular values, the rest of A is
+    Kaiming-uniform and the rest of B zero.
     """
-    rank = None
 
-    def __init__(self, weight: Tensor, groups: int, rank: int, alpha: float):
-        super().__init__()
-        self.delta = nn.Parameter(torch.zeros_like(weight))
+    def build(self, weight: Tensor) -> None:
+        super().build(weight)
+        self.register_buffer('A0', torch.empty_like(self.A))
+        self.register_buffer('B0', torch.empty_like(self.B))
+        self.reset(weight)
+
+    @torch.no_grad()
+    def reset(self, weight: Tensor) -> None:
+        if weight.is_meta:
+            return
+        matrix = at_least_float32(weight.detach()).reshape(len(self.B), -1)
+        # On the CPU, where every process of a distributed training finds the same triplets
+        u, s, v = (part.to(weight.device) for part in torch.linalg.svd(matrix.cpu(), full_matrices=False))
+        triplets = min(len(s), len(self.A))
+        root = s[:triplets].sqrt()
+        self.A[:triplets] = (root[:, None] * v[:triplets]).to(self.A.dtype)
+        self.B[:, :triplets] = (u[:, :triplets] * root).to(self.B.dtype)
+        self.A0.copy_(self.A)
+        self.B0.copy_(self.B)
 
     def forward(self) -> Tensor:
-        return at_least_float32(self.delta)
+        a, b, a0, b0 = map(at_least_float32, (self.A, self.B, self.A0, self.B0))
+        # B A - B0 A0, written so that it is zero bit for bit at the start
+        return low_rank(a, b - b0, self.scale, self.shape) + low_rank(a - a0, b0, self.scale, self.shape)
+
+
+class Dora(LowRank):
+    """``method='dora'``: as ``lora``, then every output channel is scaled to a learned norm, ``magnitude``.
+
+    The magnitude has one value an output channel and starts at the norm of the frozen weight.
+    """
+
+    def build(self, weight: Tensor) -> None:
+        super().build(weight)
+        self.magnitude = nn.Parameter(torch.empty_like(self.norm(weight)))
+        self.reset(weight)
+
+    @torch.no_grad()
+    def reset(self, weight: Tensor) -> None:
+        self.magnitude.copy_(self.norm(at_least_float32(weight)))
+
+    def norm(self, weight: Tensor) -> Tensor:
+        """Euclidean norm of every output channel, of shape (out,)."""
+        if self.transposed:
+            return weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(2).norm(dim=2).flatten()
+        return weight.flatten(1).norm(dim=1)
+
+    def finish(self, moved: Tensor) -> Tensor:
+        norm = self.norm(moved)
+        ratio = torch.where(norm > 0, at_least_float32(self.magnitude) / norm, torch.ones_like(norm))
+        if self.transposed:
+            ratio = ratio.view(self.groups, 1, -1).expand(-1, len(moved) // self.groups, -1).flatten(0, 1)
+            return moved * ratio.reshape(*ratio.shape, *[1] * (moved.dim() - 2))
+        return moved * ratio.reshape(-1, *[1] * (moved.dim() - 1))
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -74,4 +164,4 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-METHODS = dict(lora=LowRank, dense=Dense)
+METHODS = dict(lora=LowRank, pissa=Pissa, dora=Dora, dense=Dense)

@@ -35,12 +35,18 @@ class AdaptedLayer:
         if self.merged:
             return self.weight
         with torch.autocast(self.weight.device.type, enabled=False):
-            effective = UPDATES[self.update](at_least_float32(self.weight), self.adapter())
+            effective = self.adapter.finish(UPDATES[self.update](at_least_float32(self.weight), self.adapter()))
         return _with_strides(effective.to(self.weight.dtype), self.weight.stride())
 
     @property
     def merged(self) -> bool:
         return self.unmerged_weight is not None
+
+    @property
+    def untrained(self) -> bool:
+        """Whether the layer computes with the frozen weight itself, as it does at the start."""
+        frozen = self.unmerged_weight if self.merged else self.weight
+        return torch.equal(self.effective_weight(), frozen)
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -60,9 +66,13 @@ class AdaptedLayer:
         if self.merged:
             destination[prefix + 'weight'] = self.unmerged_weight
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         self.unmerge()
-        super()._load_from_state_dict(*args, **kwargs)
+        base_alone = prefix + 'weight' in state_dict and not any(key.startswith(prefix + 'adapter.') for key in state_dict)
+        start_anew = base_alone and 'adapter' in self._modules and self.untrained
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if start_anew:
+            self.adapter.reset(self.weight)
 
     def __reduce__(self):
         # Classes made for subclasses of torch's layers exist at run time only: pickle by the class they were made from.
@@ -182,7 +192,8 @@ def adapt_layer(layer: nn.Module, method: str, update: str, rank: int, alpha: fl
         TypeError: If the layer's class cannot be adapted (see :func:`adapted_class`).
     """
     adapted = adapted_class(type(layer))
-    adapter = METHODS[method](layer.weight.detach(), getattr(layer, 'groups', 1), rank, alpha)
+    transposed = getattr(layer, 'transposed', False)
+    adapter = METHODS[method](layer.weight.detach(), getattr(layer, 'groups', 1), rank, alpha, transposed)
     layer.adapter = adapter.train(layer.training)
     layer.register_buffer('unmerged_weight', None, persistent=False)
     layer.method, layer.update = method, update

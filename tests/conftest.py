@@ -47,6 +47,15 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope='module')
+def one_thread():
+    """For tests on tiny tensors, whose threads would mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def net(seed):
     """A network whose norms and biases are not at their neutral values."""

@@ -25,6 +25,8 @@ from liera_mm.checkpoint import adapter_state_dict, fingerprint
 from liera_mm.group import UPDATES
 from liera_mm.layers import AdaptedLayer
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 CONV = ['stem.0']
 DEPTHWISE = ['stages.0.depthwise_conv', 'stages.1.depthwise_conv']
 POINTWISE = [f'stages.{i}.pointwise_conv{j}' for i in (0, 1) for j in (1, 2)]
@@ -567,3 +569,24 @@ def test_loading_other_base_weights_inside_without_adapters(net, image, perturb)
     assert not any(layer.merged for _, layer in adapted_layers(net))
     reference = load_adapter(adapt(base, rank=2), factors)
     assert torch.equal(net(image), reference(image))
+
+
+@pytest.mark.parametrize('update', UPDATES)
+@pytest.mark.parametrize('method', METHODS)
+def test_a_perturbation_starts_from_the_weights_that_arrive_after_it(net, image, method, update, perturb):
+    pretrained = copy.deepcopy(net.state_dict())
+    expected = net(image)
+    for tensor in net.parameters():
+        tensor.data.normal_()
+    resumed = adapt(copy.deepcopy(net), rank=2, method=method, update=update)
+    adapt(net, rank=2, method=method, update=update)
+    net.load_state_dict(pretrained, strict=False)
+    assert torch.equal(net(image), expected)
+
+    perturb(net)
+    resumed.load_state_dict(pretrained, strict=False)
+    resumed.load_state_dict(net.state_dict())
+    assert torch.equal(resumed(image), net(image))
+    # Trained perturbations are never started anew
+    net.load_state_dict(pretrained, strict=False)
+    assert torch.equal(resumed(image), net(image))

@@ -17,6 +17,8 @@ from liera_mm.algebra import METHODS
 from liera_mm.checkpoint import FORMAT, fingerprint
 from liera_mm.group import UPDATES
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 SETTINGS = {
     'rank': 2,
     'alpha': 4,

@@ -4,12 +4,12 @@ A new kind of layer is a line in ``KINDS``. A new method or update joins by itse
 goes into ``DELTAS`` or ``MOVES``.
 """
 import copy
-import functools
 import io
 import itertools
 import pickle
 import shutil
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from liera_mm.group import UPDATES
 from liera_mm.layers import adapted_class
 
 RANK, ALPHA = 2, 3
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 class PaddedConv2d(nn.Conv2d):
@@ -37,10 +38,6 @@ def pad(mode):
     return lambda x, w, b: F.conv2d(F.pad(x, (1, 1, 2, 2), mode), w, b)
 
 
-def f(function, **kwargs):
-    return functools.partial(function, **kwargs)
-
-
 # id: how to make the layer, the shape of its input, and what it computes from input, weight and bias
 KINDS = {
     'linear': (lambda: nn.Linear(6, 5), (2, 3, 6), F.linear),
@@ -50,24 +47,24 @@ KINDS = {
     'conv2d_no_bias': (lambda: nn.Conv2d(4, 6, 3, bias=False), (2, 4, 5, 6), F.conv2d),
     'conv3d': (lambda: nn.Conv3d(2, 3, 3), (1, 2, 4, 5, 4), F.conv3d),
     'strided_padded_dilated': (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=2), (2, 4, 7, 8),
-                               f(F.conv2d, stride=2, padding=1, dilation=2)),
-    'same_padding': (lambda: nn.Conv2d(4, 6, 3, padding='same'), (2, 4, 5, 5), f(F.conv2d, padding=1)),
-    'grouped': (lambda: nn.Conv2d(4, 6, 3, groups=2), (2, 4, 5, 5), f(F.conv2d, groups=2)),
-    'depthwise7x7': (lambda: nn.Conv2d(4, 4, 7, padding=3, groups=4), (2, 4, 8, 8), f(F.conv2d, padding=3, groups=4)),
-    'depthwise_multiplier': (lambda: nn.Conv2d(3, 6, 3, groups=3), (2, 3, 5, 5), f(F.conv2d, groups=3)),
+                               partial(F.conv2d, stride=2, padding=1, dilation=2)),
+    'same_padding': (lambda: nn.Conv2d(4, 6, 3, padding='same'), (2, 4, 5, 5), partial(F.conv2d, padding=1)),
+    'grouped': (lambda: nn.Conv2d(4, 6, 3, groups=2), (2, 4, 5, 5), partial(F.conv2d, groups=2)),
+    'depthwise7x7': (lambda: nn.Conv2d(4, 4, 7, padding=3, groups=4), (2, 4, 8, 8), partial(F.conv2d, padding=3, groups=4)),
+    'depthwise_multiplier': (lambda: nn.Conv2d(3, 6, 3, groups=3), (2, 3, 5, 5), partial(F.conv2d, groups=3)),
     'pointwise': (lambda: nn.Conv2d(4, 6, 1), (2, 4, 3, 3), F.conv2d),
     'reflect': (lambda: nn.Conv2d(4, 6, 3, padding=(2, 1), padding_mode='reflect'), (2, 4, 5, 6), pad('reflect')),
     'circular': (lambda: nn.Conv2d(4, 6, 3, padding=(2, 1), padding_mode='circular'), (2, 4, 5, 6), pad('circular')),
     'kernel3x5': (lambda: nn.Conv2d(4, 6, (3, 5)), (2, 4, 5, 7), F.conv2d),
-    'transpose1d': (lambda: nn.ConvTranspose1d(4, 6, 3, stride=2), (2, 4, 5), f(F.conv_transpose1d, stride=2)),
+    'transpose1d': (lambda: nn.ConvTranspose1d(4, 6, 3, stride=2), (2, 4, 5), partial(F.conv_transpose1d, stride=2)),
     'transpose2d': (lambda: nn.ConvTranspose2d(
         4, 6, 3, stride=3, padding=1, output_padding=(0, 1), groups=2, dilation=2), (2, 4, 3, 4),
-                    f(F.conv_transpose2d, stride=3, padding=1, output_padding=(0, 1), groups=2, dilation=2)),
+                    partial(F.conv_transpose2d, stride=3, padding=1, output_padding=(0, 1), groups=2, dilation=2)),
     'transpose3d': (lambda: nn.ConvTranspose3d(2, 3, 3, bias=False), (1, 2, 3, 3, 2), F.conv_transpose3d),
-    'mmcv_conv2d': (lambda: wrappers.Conv2d(4, 6, 3, padding=1), (2, 4, 5, 5), f(F.conv2d, padding=1)),
+    'mmcv_conv2d': (lambda: wrappers.Conv2d(4, 6, 3, padding=1), (2, 4, 5, 5), partial(F.conv2d, padding=1)),
     'mmcv_linear': (lambda: wrappers.Linear(6, 5), (4, 6), F.linear),
     'mmcv_transpose2d': (lambda: wrappers.ConvTranspose2d(4, 6, 2, stride=2), (2, 4, 3, 4),
-                         f(F.conv_transpose2d, stride=2)),
+                         partial(F.conv_transpose2d, stride=2)),
     'padded_subclass': (lambda: PaddedConv2d(4, 6, 3), (2, 4, 5, 5),
                         lambda x, w, b: F.conv2d(F.pad(x, (1, 2, 0, 1)), w, b)),
 }

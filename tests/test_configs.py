@@ -1,0 +1,112 @@
+"""Every config builds, trains what its name says, and follows the schedule of the paper."""
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+
+import liera_mm
+
+CONFIGS = Path(__file__).parents[1] / 'configs'
+COCO = sorted(path.stem for path in CONFIGS.glob('*.py'))
+DIGITS = sorted(path.stem for path in (CONFIGS / 'digits').glob('*.py'))
+FACTORS = {'frozen': 0, 'liera_r16': 17_271_104, 'liera-exp_r16': 17_271_104, 'liera_r32': 34_542_208,
+           'lora_r16': 17_271_104, 'full': 87_694_592}
+
+
+def read(name):
+    return Config.fromfile(CONFIGS / ('digits' if name in DIGITS else '') / f'{name}.py')
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """A function that builds a detector of a config without memory for its weights."""
+    # ConvNeXt reads values of this one while it is built
+    monkeypatch.setattr(torch, 'linspace', functools.partial(torch.linspace, device='cpu'))
+
+    def build(cfg):
+        with DefaultScope.overwrite_default_scope(cfg.default_scope), torch.device('meta'):
+            return MODELS.build(cfg.model)
+
+    return build
+
+
+def trainable(module):
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def parts(model):
+    """Neck and heads of a detector."""
+    return [child for name, child in model.named_children() if name not in ('backbone', 'data_preprocessor')]
+
+
+def test_all_configs_are_known():
+    assert {name.split('v2-b_')[1] for name in COCO} == set(FACTORS)
+    assert {name.split('v2-mini_')[1] for name in DIGITS} == {
+        'frozen_digits', 'full_digits', 'liera_digits', 'liera-exp_digits', 'lora_digits', 'pretrain_glyphs'}
+
+
+@pytest.mark.parametrize('linear', [True, False])
+@pytest.mark.parametrize('name', COCO)
+def test_trainable_parameters_of_the_paper(build, name, linear):
+    cfg = read(name)
+    cfg.model.backbone.linear_pw_conv = linear
+    backbone = build(cfg).backbone
+    assert trainable(backbone) == FACTORS[name.split('v2-b_')[1]]
+    adapters = sum(row.trainable for row in liera_mm.summary(backbone))
+    assert adapters == (0 if name.endswith('full') else trainable(backbone))
+    assert sum(p.numel() for p in backbone.parameters()) - adapters == 87_694_592
+
+
+@pytest.mark.parametrize('name', COCO + DIGITS)
+def test_what_trains(build, name):
+    cfg = read(name)
+    model = build(cfg)
+    for part in parts(model):
+        assert trainable(part) == sum(p.numel() for p in part.parameters()) > 0
+    trained = {key for key, p in model.backbone.named_parameters() if p.requires_grad}
+    if 'full' in name or 'pretrain' in name:
+        assert len(trained) == len(list(model.backbone.parameters()))
+        assert type(model.backbone).__module__.startswith('mmpretrain.')
+        assert cfg.custom_hooks == []
+    else:
+        assert isinstance(model.backbone, liera_mm.LieRAConvNeXt)
+        assert cfg.custom_hooks == [dict(type='LieRAHook')]
+        assert bool(trained) != ('frozen' in name)
+        assert all('.adapter.' in key for key in trained)
+
+
+@pytest.mark.parametrize('name', [name for name in COCO + DIGITS if 'lora' in name or 'liera' in name])
+def test_updates(build, name):
+    rows = liera_mm.summary(build(read(name)).backbone)
+    update = 'additive' if 'lora' in name else 'exp' if 'liera-exp' in name else 'taylor'
+    rank = 4 if name in DIGITS else 32 if 'r32' in name else 16
+    assert {(row.method, row.update, row.rank) for row in rows} == {('lora', update, rank)}
+    assert {row.kind for row in rows} >= {'conv', 'depthwise'}
+    assert read(name).model.backbone.liera.alpha == 2 * rank
+
+
+@pytest.mark.parametrize('name', COCO)
+def test_coco_schedule(name):
+    cfg = read(name)
+    assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
+    optimizer = cfg.optim_wrapper.optimizer
+    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ('AdamW', 1e-4, .05)
+    assert cfg.train_cfg.max_epochs == 12
+    assert cfg.auto_scale_lr.base_batch_size == 32
+    assert cfg.train_dataloader.batch_size == 4
+    assert cfg.model.backbone.init_cfg.checkpoint.startswith('https://download.openmmlab.com/')
+    assert cfg.custom_imports.imports == ['liera_mm']
+
+
+@pytest.mark.parametrize('name', [name for name in DIGITS if name.endswith('digits')])
+def test_digits_schedule(name):
+    """All variants are compared on the same terms."""
+    ours, reference = read(name).to_dict(), read('mask-rcnn_convnextv2-mini_frozen_digits').to_dict()
+    for cfg in (ours, reference):
+        for key in ('type', 'liera'):
+            cfg['model']['backbone'].pop(key, None)
+        cfg.pop('custom_hooks')
+    assert ours == reference
