@@ -2,6 +2,7 @@
 import re
 from typing import Iterator, Optional, Sequence
 
+from mmengine.fileio import load
 from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.optim import OptimWrapper
@@ -40,6 +41,8 @@ class LieRAHook(Hook):
                 _check_trainable(name, backbone)
         _check_optimizer(model, runner.optim_wrapper)
         _check_categories(runner.train_dataloader.dataset)
+        if runner.val_loop is not None:
+            _check_categories(runner.val_dataloader.dataset)
         runner.logger.info(f'LieRA\n{summary(model)}')
 
     def before_val(self, runner: Runner) -> None:
@@ -120,11 +123,12 @@ def _check_categories(dataset) -> None:
     """MMDetection drops annotations of other names in silence, and fails on missing ones only when it evaluates."""
     while hasattr(dataset, 'dataset'):
         dataset = dataset.dataset
-    if not hasattr(dataset, 'coco'):
+    classes = dataset.metainfo.get('classes', ())
+    if len(getattr(dataset, 'cat_ids', classes)) == len(classes):
         return
-    theirs = {category['name'] for category in dataset.coco.dataset['categories']}
-    missing = [name for name in dataset.metainfo['classes'] if name not in theirs]
-    if missing:
-        raise RuntimeError(f'{dataset.ann_file} lacks {len(missing)} classes of the config: {", ".join(missing[:5])}.\nIt '
-                           f'has {", ".join(sorted(theirs)[:5])}: set metainfo=dict(classes=...) of the data set to those '
-                           'names, and num_classes of the heads to their number')
+    theirs = [category['name'] for category in load(dataset.ann_file)['categories']]
+    missing = [name for name in classes if name not in theirs]
+    raise RuntimeError(
+        f'{dataset.ann_file} lacks {len(missing)} classes of the config, such as {", ".join(missing[:5])}; it has '
+        f'{", ".join(theirs[:5])}.\nSet metainfo=dict(classes=...) of the data set to its own names, and num_classes of '
+        'the heads to their number')

@@ -23,10 +23,6 @@ class LieRAConvNeXt(PretrainedBackbone, ConvNeXt):
         super().__init__(**kwargs)
         _adapt_or_freeze(self, liera)
 
-    def train(self, mode: bool = True) -> 'LieRAConvNeXt':
-        super().train(mode)  # mmpretrain's returns None
-        return self
-
 
 @MODELS.register_module()
 def LieRABackbone(backbone: Dict[str, Any], liera: Optional[Dict[str, Any]] = None) -> nn.Module:

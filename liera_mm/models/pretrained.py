@@ -47,6 +47,10 @@ class PretrainedBackbone:
                 "Check the backbone's arch and the checkpoint and prefix of its init_cfg=dict(type='Pretrained', ...), or "
                 'give a whole checkpoint as load_from.')
 
+    def train(self, mode: bool = True) -> 'PretrainedBackbone':
+        super().train(mode)  # that of mmdet's and mmpretrain's backbones returns None
+        return self
+
     def _load_from_state_dict(self, state_dict: Dict[str, Tensor], prefix: str, *args, **kwargs) -> None:
         for name, ours in self.state_dict().items():
             theirs = state_dict.get(prefix + name)
