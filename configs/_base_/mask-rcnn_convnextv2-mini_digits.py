@@ -152,7 +152,7 @@ val_evaluator = dict(
     type='CocoMetric', ann_file=data_root + 'annotations/instances_val2017.json', metric=['bbox', 'segm'])
 test_evaluator = val_evaluator
 
-max_epochs = 4
+max_epochs = 6
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=max_epochs)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
@@ -168,6 +168,6 @@ param_scheduler = [
 auto_scale_lr = dict(enable=False, base_batch_size=8)
 
 default_hooks = dict(
-    logger=dict(interval=10), checkpoint=dict(interval=max_epochs, max_keep_ckpts=1, save_best=None))
+    logger=dict(interval=25), checkpoint=dict(interval=max_epochs, max_keep_ckpts=1, save_best=None))
 custom_hooks = [dict(type='LieRAHook')]
 randomness = dict(seed=0)

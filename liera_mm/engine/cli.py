@@ -73,16 +73,26 @@ def find_config(path: str) -> str:
     """
     if osp.isfile(path):
         return path
-    ascii_path = unicodedata.normalize('NFKC', path).translate(LOOK_ALIKES)
+    ascii_path = _to_latin(path)
     if ascii_path != path and osp.isfile(ascii_path):
         print(f'{path} has letters that only look like Latin ones; reading {ascii_path}')
         return ascii_path
-    folder = next(p for p in Path(ascii_path).parents if p.is_dir())
+    folder = next((p for p in Path(ascii_path).parents if p.is_dir()), Path())
     known = [str(p) for p in folder.rglob('*.py') if '_base_' not in p.parts] if str(folder) != '.' else []
     known = known or [str(p) for p in Path('configs').rglob('*.py') if '_base_' not in p.parts]
     closest = difflib.get_close_matches(ascii_path, known, n=3, cutoff=0.3)
     raise SetupError(f'Config not found: {path}',
                      f'The closest ones are {", ".join(closest)}' if closest else 'Give the path of a config file')
+
+
+def _to_latin(path: str) -> str:
+    """Replace look-alike letters in those parts of a path that are not there as they are."""
+    latin = ''
+    for part in Path(path).parts:
+        as_it_is = osp.join(latin, part)
+        known = osp.exists(as_it_is)
+        latin = as_it_is if known else osp.join(latin, unicodedata.normalize('NFKC', part).translate(LOOK_ALIKES))
+    return latin
 
 
 def load_config(path: str, options: Optional[Dict[str, Any]] = None) -> Config:

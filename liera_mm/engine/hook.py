@@ -35,6 +35,7 @@ class LieRAHook(Hook):
             raise RuntimeError(
                 'LieRAHook found no adapted backbone in the model: set its type to LieRAConvNeXt or LieRABackbone '
                 'with liera=dict(...), or take the hook out of custom_hooks')
+        model.train()  # as the loop will: here a backbone's own frozen_stages freezes what is in them, adapters too
         for name, backbone in backbones:
             backbone.check_base(f'{name} has frozen weights that were never loaded')
             if hasattr(backbone, 'liera'):

@@ -36,10 +36,12 @@ class PretrainedBackbone:
             self.check_base(f'{source} does not fit {type(self).__name__}')
 
     def check_base(self, what: str) -> None:
-        """Raise a RuntimeError that begins with ``what`` if a frozen weight was never loaded."""
+        """Raise a RuntimeError that begins with ``what`` if a frozen weight or a norm's statistics were never loaded."""
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         missing = [
-            name for name, parameter in self.named_parameters()
-            if not parameter.requires_grad and name not in self.loaded and not OUTPUT_NORM.fullmatch(name)
+            name for name, tensor in self.state_dict().items()
+            if tensor.is_floating_point() and name not in trained and name not in self.loaded
+            and '.adapter.' not in name and not OUTPUT_NORM.fullmatch(name)
         ]
         if missing:
             raise RuntimeError(

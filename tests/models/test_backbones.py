@@ -165,16 +165,15 @@ def test_layerwise_learning_rates(name, decay_type):
     constructor = LearningRateDecayOptimizerConstructor(
         dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=1., weight_decay=.05)),
         dict(decay_rate=.5, decay_type=decay_type, num_layers=6))
-    groups = constructor(detector).param_groups
-    names = {id(p): name for name, p in detector.named_parameters()}
-    rates = {names[id(p)]: group['lr'] for group in groups for p in group['params']}
+    groups = constructor(detector).optimizer.param_groups
+    rates = {name: group['lr'] for group in groups for name in group['param_names']}
     assert set(rates) == {name for name, p in detector.named_parameters() if p.requires_grad}
     depths = [{rate for name, rate in rates.items() if name.startswith(part)} for part in
               (*(f'backbone.stages.{i}.' for i in range(4)), 'head.')]
     assert all(len(rates) == 1 for rates in depths)
     assert sorted(depths, key=min) == depths
     assert min(depths[0]) < min(depths[1]) < min(depths[2]) < min(depths[3]) <= min(depths[4]) == 1
-    decays = {names[id(p)]: group['weight_decay'] for group in groups for p in group['params']}
+    decays = {name: group['weight_decay'] for group in groups for name in group['param_names']}
     assert {decay for name, decay in decays.items() if '.adapter.' in name} == {.05}
 
 

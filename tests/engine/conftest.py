@@ -1,0 +1,46 @@
+"""A tiny data set, and Runners of the digits configs on it."""
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mmengine.runner import Runner
+
+from liera_mm.engine.cli import load_config
+
+ROOT = Path(__file__).parents[2]
+DIGITS_CONFIG = ROOT / 'configs/digits/mask-rcnn_convnextv2-mini_liera_digits.py'
+
+
+@pytest.fixture(scope='session')
+def digits(tmp_path_factory):
+    """Folder of four images to train on and two to validate on."""
+    out = tmp_path_factory.mktemp('digits')
+    subprocess.run([sys.executable, ROOT / 'tools/make_digits_coco.py', out, '--train', '4', '--val', '2', '--size', '64',
+                    '--workers', '1'], check=True, capture_output=True)
+    return out
+
+
+@pytest.fixture(scope='session')
+def make_runner(digits, tmp_path_factory):
+    """A function that makes a Runner, for one epoch of two iterations; options are keys of the config."""
+    count = itertools.count()
+
+    def make(config=DIGITS_CONFIG, **options):
+        cfg = load_config(str(config), dict(data_root=str(digits)))
+        for split in ('train', 'val', 'test'):
+            loader = cfg[f'{split}_dataloader']
+            loader.update(num_workers=0, persistent_workers=False)
+            next(step for step in loader.dataset.pipeline if step.type == 'Resize').scale = (64, 64)
+        cfg.train_dataloader.batch_size = 2
+        cfg.train_cfg.update(max_epochs=1, val_interval=1)
+        cfg.default_hooks.checkpoint.update(interval=1, max_keep_ckpts=-1)
+        cfg.default_hooks.logger.interval = 1
+        cfg.param_scheduler = None
+        cfg.merge_from_dict(options)
+        cfg.work_dir = str(tmp_path_factory.mktemp('work_dir'))
+        cfg.experiment_name = f'test_{next(count)}'  # MMEngine would share the visualizer of equal names
+        return Runner.from_cfg(cfg)
+
+    return make

@@ -1,0 +1,241 @@
+"""What the tools check before they start: every problem ends in two lines, what is wrong and what to do."""
+import argparse
+import functools
+import http.server
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+
+from liera_mm.engine import cli
+
+ROOT = Path(__file__).parents[2]
+COCO = 'configs/mask-rcnn_convnextv2-b_liera_r16.py'
+DIGITS = 'configs/digits/mask-rcnn_convnextv2-mini_liera_digits.py'
+LATIN, CYRILLIC = 'aeiopcxy', '\u0430\u0435\u0456\u043e\u0440\u0441\u0445\u0443'
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def problem_of(function, *args):
+    """The two lines of the SetupError that a call raises."""
+    with pytest.raises(cli.SetupError) as error:
+        function(*args)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 2 and all(lines)
+    return lines
+
+
+# Configs
+
+@pytest.mark.parametrize('letters', ['a', LATIN])
+@pytest.mark.parametrize('config', [COCO, DIGITS, str(ROOT / COCO)], ids=['coco', 'digits', 'absolute'])
+def test_lookalike_letters(capsys, config, letters):
+    folder, name = os.path.split(config)
+    path = os.path.join(folder, name.translate(str.maketrans(LATIN, CYRILLIC)) if letters == LATIN else
+                        name.replace('liera', 'lier\u0430'))
+    assert cli.find_config(path) == config
+    assert capsys.readouterr().out == f'{path} has letters that only look like Latin ones; reading {config}\n'
+    assert cli.load_config(path).model.backbone.liera['update'] == 'taylor'
+
+
+def test_folders_with_other_letters(tmp_path, capsys):
+    """A folder that really has the letters must not be looked for under another name."""
+    (tmp_path / '\u043e\u043f\u044b\u0442\u044b').mkdir()
+    config = tmp_path / '\u043e\u043f\u044b\u0442\u044b' / 'liera.py'
+    config.write_text('')
+    assert cli.find_config(str(config)) == str(config)
+    assert capsys.readouterr().out == ''
+    assert cli.find_config(str(config.with_name('lier\u0430.py'))) == str(config)
+
+
+@pytest.mark.parametrize('path, closest', [
+    ('configs/mask-rcnn_convnextv2-b_liera_r61.py', COCO),
+    ('configs/mask-rcnn_convnextv2-b_lier\u0430_r61.py', COCO),
+    ('config/mask-rcnn_convnextv2-b_liera_r16.py', COCO),
+    ('mask-rcnn_convnextv2-b_liera_r16.py', COCO),
+    ('configs/digits/mask-rcnn_convnextv2-mini_liera.py', DIGITS),
+    (str(ROOT / 'configs/mask-rcnn_convnextv2-b_liera_r15.py'), str(ROOT / COCO)),
+])
+def test_closest_configs(path, closest):
+    problem, remedy = problem_of(cli.find_config, path)
+    assert problem == f'Config not found: {path}'
+    assert closest in remedy.removeprefix('The closest ones are ').split(', ')
+
+
+@pytest.mark.parametrize('path', ['', '.', 'configs'])
+def test_no_file_at_all(path):
+    assert problem_of(cli.find_config, path)[0] == f'Config not found: {path}'
+
+
+@pytest.mark.parametrize('config', [COCO, DIGITS])
+@pytest.mark.parametrize('root', ['/somewhere/else', '/somewhere/else/'])
+def test_data_root_moves_every_path(config, root):
+    before, cfg = cli.load_config(config), cli.load_config(config, {'data_root': root, 'train_cfg.max_epochs': 1})
+    old = before.data_root
+    assert old in before.pretty_text and old not in cfg.pretty_text
+    for split in ('train', 'val', 'test'):
+        dataset = cfg[f'{split}_dataloader'].dataset
+        assert dataset.data_root == cfg.data_root == '/somewhere/else/'
+        assert dataset.ann_file == before[f'{split}_dataloader'].dataset.ann_file
+    for split in ('val', 'test'):
+        assert cfg[f'{split}_evaluator'].ann_file == '/somewhere/else/annotations/instances_val2017.json'
+    assert cfg.train_cfg.max_epochs == 1
+    assert cfg.filename == before.filename
+
+
+def test_config_without_data_root(tmp_path):
+    (tmp_path / 'config.py').write_text('model = dict()')
+    assert 'has no data_root' in problem_of(cli.load_config, str(tmp_path / 'config.py'), {'data_root': 'x'})[0]
+
+
+@pytest.mark.parametrize('given, in_config, expected', [
+    ('a', 'b', 'a'), (None, 'b', 'b'), (None, None, 'work_dirs/config')])
+def test_work_dir(tmp_path, given, in_config, expected):
+    (tmp_path / 'config.py').write_text(f'work_dir = {in_config!r}' if in_config else '')
+    args = argparse.Namespace(
+        config=str(tmp_path / 'config.py'), cfg_options=None, work_dir=given, launcher='none', local_rank=0)
+    assert cli.config_of(args).work_dir == expected
+
+
+# Data
+
+@pytest.fixture
+def data(tmp_path, digits):
+    return shutil.copytree(digits, tmp_path / 'data')
+
+
+@pytest.mark.parametrize('split', ['train', 'val', 'test'])
+@pytest.mark.parametrize('path', ['annotations/instances_{}2017.json', '{}2017'])
+def test_missing_data(data, split, path):
+    cfg = cli.load_config(DIGITS, dict(data_root=str(data)))
+    cli.check_data(cfg, ['train', 'val', 'test'])
+    path = data / path.format('train' if split == 'train' else 'val')
+    path.rename(data / 'elsewhere')
+    problem, remedy = problem_of(cli.check_data, cfg, [split])
+    assert problem.startswith(f'The {split} data set is missing: ')
+    assert Path(problem.partition(': ')[2]) == path
+    assert f'--cfg-options data_root=FOLDER (now {data}/)' in remedy
+    cli.check_data(cfg, ['val' if split == 'train' else 'train'])
+
+
+@pytest.mark.parametrize('wrap', [
+    lambda dataset: dict(type='RepeatDataset', times=2, dataset=dataset),
+    lambda dataset: dict(type='ConcatDataset', datasets=[dataset]),
+    lambda dataset: dict(type='ClassBalancedDataset', dataset=dict(type='ConcatDataset', datasets=[dataset, dataset])),
+], ids=['repeat', 'concat', 'nested'])
+def test_missing_data_below_wrappers(tmp_path, digits, wrap):
+    for root, complete in ((digits, True), (tmp_path, False)):
+        cfg = cli.load_config(DIGITS, dict(data_root=str(root)))
+        cfg.train_dataloader.dataset = wrap(cfg.train_dataloader.dataset.to_dict())
+        if complete:
+            cli.check_data(cfg, ['train'])
+        else:
+            assert 'train data set is missing' in problem_of(cli.check_data, cfg, ['train'])[0]
+
+
+# Weights
+
+def with_weights(source):
+    return Config(dict(model=dict(backbone=dict(init_cfg=dict(type='Pretrained', checkpoint=str(source))))))
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """URL of a server of an empty folder; torch's downloads are elsewhere."""
+    monkeypatch.setenv('no_proxy', '127.0.0.1')
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
+    (tmp_path / 'served').mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+
+        def log_message(self, *args):
+            pass
+
+    handler = functools.partial(Handler, directory=tmp_path / 'served')
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f'http://127.0.0.1:{httpd.server_port}'
+        httpd.shutdown()
+
+
+def test_missing_weights(tmp_path):
+    problem, remedy = problem_of(cli.check_weights, with_weights(tmp_path / 'base.pth'))
+    assert problem == f'Weights not found: {tmp_path}/base.pth'
+    assert '--cfg-options model.backbone.init_cfg.checkpoint=FILE' in remedy
+    (tmp_path / 'base.pth').touch()
+    cli.check_weights(with_weights(tmp_path / 'base.pth'))
+
+
+def test_missing_load_from(tmp_path):
+    cfg = Config(dict(model=dict(), load_from=str(tmp_path / 'all.pth')))
+    assert '--cfg-options load_from=FILE' in problem_of(cli.check_weights, cfg)[1]
+
+
+def test_weights_deep_in_the_model(tmp_path):
+    init_cfg = [dict(type='Kaiming', layer='Conv2d'), dict(type='Pretrained', checkpoint='nowhere.pth')]
+    cfg = Config(dict(model=dict(roi_head=dict(bbox_head=[dict(init_cfg=init_cfg)]))))
+    remedy = problem_of(cli.check_weights, cfg)[1]
+    key = re.search('--cfg-options (.*)=FILE', remedy)[1]
+    cfg.merge_from_dict({key: str(tmp_path)})  # the remedy must be one
+    assert cfg.model.roi_head.bbox_head[0].init_cfg[1].checkpoint == str(tmp_path)
+
+
+def test_weights_that_others_resolve():
+    for source in ('liera://mask-rcnn_convnextv2-mini_glyphs', 'torchvision://resnet50', 'open-mmlab://resnet50'):
+        cli.check_weights(with_weights(source))
+
+
+def test_weights_behind_a_url(server, tmp_path):
+    problem, remedy = problem_of(cli.check_weights, with_weights(f'{server}/base.pth'))
+    assert problem == f'Pretrained weights cannot be downloaded (HTTP 404): {server}/base.pth'
+    assert '--cfg-options model.backbone.init_cfg.checkpoint=FILE' in remedy
+    (tmp_path / 'served/base.pth').touch()
+    cli.check_weights(with_weights(f'{server}/base.pth'))
+
+
+def test_unreachable_weights(server, tmp_path):
+    with socket.create_server(('127.0.0.1', 0)) as closed:
+        url = f'http://127.0.0.1:{closed.getsockname()[1]}/base.pth'
+    assert re.fullmatch(rf'Pretrained weights cannot be downloaded \(.*refused.*\): {url}',
+                        problem_of(cli.check_weights, with_weights(url))[0])
+    cached = tmp_path / 'torch/hub/checkpoints/base.pth'
+    cached.parent.mkdir(parents=True)
+    cached.touch()
+    cli.check_weights(with_weights(url))
+
+
+# Checkpoints
+
+def test_missing_checkpoint(tmp_path):
+    problem, remedy = problem_of(cli.check_checkpoint, str(tmp_path / 'epoch_13.pth'))
+    assert problem == f'Checkpoint not found: {tmp_path}/epoch_13.pth'
+    assert remedy == 'Give a checkpoint that tools/train.py wrote'
+    (tmp_path / 'epoch_12.pth').touch()
+    assert str(tmp_path / 'epoch_12.pth') in problem_of(cli.check_checkpoint, str(tmp_path / 'epoch_13.pth'))[1]
+    cli.check_checkpoint(str(tmp_path / 'epoch_12.pth'))
+
+
+# As seen in a terminal
+
+@pytest.mark.parametrize('command, lines', [
+    (['train.py', 'configs/mask-rcnn_convnextv2-b_lier\u0430_r61.py'],
+     ['Config not found: configs/mask-rcnn_convnextv2-b_lier\u0430_r61.py', f'The closest ones are {COCO}']),
+    (['test.py', DIGITS, 'nowhere/epoch_4.pth'],
+     ['Checkpoint not found: nowhere/epoch_4.pth', 'Give a checkpoint that tools/train.py wrote']),
+], ids=['train', 'test'])
+def test_two_lines_and_status_1(command, lines):
+    result = subprocess.run([sys.executable, ROOT / 'tools' / command[0], *command[1:]], capture_output=True, text=True)
+    assert result.returncode == 1 and 'Traceback' not in result.stderr
+    *_, problem, remedy = result.stderr.splitlines()  # after what other packages warn of on import
+    assert problem == lines[0] and remedy.startswith(lines[1])

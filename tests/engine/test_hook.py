@@ -1,0 +1,338 @@
+"""LieRAHook in MMEngine's Runner: refusals before training, merging for validation, checkpoints, and its reports."""
+import contextlib
+import copy
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS
+
+import liera_mm
+from liera_mm.adapt import adapted_layers, range_report
+
+pytestmark = pytest.mark.usefixtures('one_thread', 'on_the_cpu')
+
+DIGITS = Path(__file__).parents[2] / 'configs/digits'
+HOOKS = [dict(type='LieRAHook')]
+CLASSES = 'train_dataloader.dataset.metainfo.classes'
+
+
+@pytest.fixture(scope='module')
+def on_the_cpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('mmengine.device.utils.DEVICE', 'cpu')
+        yield
+
+
+def clone(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def different(a, b):
+    """Names of tensors that are not the same bit for bit."""
+    assert a.keys() == b.keys()
+    return {name for name in a if not torch.equal(a[name], b[name])}
+
+
+def frozen_names(model):
+    """Frozen weights and buffers of the backbone."""
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    return {name for name in model.state_dict() if name.startswith('backbone.') and name not in trained}
+
+
+def load(path):
+    return torch.load(path, map_location='cpu', weights_only=False)
+
+
+class Spy(Hook):
+    """Runs after LieRAHook at every point, and keeps what it saw."""
+    priority = 'LOWEST'
+
+    def __init__(self):
+        self.states, self.metrics, self.merged = [], [], dict(train=[], val=[], after=[])
+
+    @staticmethod
+    def count(runner):
+        """How many adapted layers are merged, and whether they then hold the effective weight."""
+        layers = [layer for _, layer in adapted_layers(runner.model)]
+        for layer in layers:
+            twin = copy.deepcopy(layer)
+            twin.unmerge()
+            assert torch.equal(layer.weight, twin.effective_weight() if layer.merged else twin.weight)
+        return sum(layer.merged for layer in layers)
+
+    def before_train(self, runner):
+        self.states.append(clone(runner.model))
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        self.merged['train'].append(self.count(runner))
+
+    def before_val(self, runner):
+        self.states.append(clone(runner.model))
+
+    def after_val_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.merged['val'].append(self.count(runner))
+        assert not different(clone(runner.model), self.states[-1])  # the state dict always has the frozen weights
+
+    def after_val_epoch(self, runner, metrics=None):
+        self.metrics.append(metrics)
+
+    def after_val(self, runner):
+        self.merged['after'].append(self.count(runner))
+        self.states.append(clone(runner.model))
+
+    before_test, after_test_iter, after_test_epoch, after_test = before_val, after_val_iter, after_val_epoch, after_val
+
+
+@pytest.fixture(scope='module')
+def trained(on_the_cpu, make_runner):
+    """A training of two epochs, with a validation after each."""
+    runner, spy = make_runner(**{'train_cfg.max_epochs': 2}), Spy()
+    runner.register_hook(spy)
+    runner.train()
+    log_dir = Path(runner.log_dir)
+    return SimpleNamespace(
+        spy=spy,
+        model=runner.model,
+        checkpoint=Path(runner.work_dir, 'epoch_2.pth'),
+        log=next(log_dir.glob('*.log')).read_text(),
+        scalars=[json.loads(line) for line in (log_dir / 'vis_data/scalars.json').read_text().splitlines()])
+
+
+# A training
+
+def test_only_adapters_neck_and_heads_train(trained):
+    before, after = trained.spy.states[0], clone(trained.model)
+    changed = different(before, after)
+    assert len(frozen_names(trained.model)) > 100
+    assert not changed & frozen_names(trained.model)
+    assert changed >= {name for name, p in trained.model.named_parameters() if p.requires_grad}
+
+
+def test_merged_in_validation_only(trained):
+    layers = len(liera_mm.summary(trained.model))
+    assert trained.spy.merged == dict(train=[0] * 4, val=[layers] * 4, after=[0] * 2)
+    _, *states = trained.spy.states
+    assert not different(states[0], states[1]) and not different(states[2], states[3])
+    assert different(states[1], states[2])
+
+
+def test_checkpoint_has_frozen_weights_and_adapters(trained):
+    assert not different(load(trained.checkpoint)['state_dict'], clone(trained.model))
+
+
+def test_reports(trained):
+    assert trained.log.count(str(liera_mm.summary(trained.model))) == trained.log.count('adapted layers with') == 1
+    reports = re.findall(r'LieRA  largest \|Δ\|: (\S+) in (\S+)  Δ <= -1: (\S+)%  zero weights: (\d+)', trained.log)
+    assert len(reports) == 2
+    report = range_report(trained.model)
+    assert reports[1] == (f'{report.max_delta:.4g}', report.max_delta_layer, '0.000', '0') != reports[0]
+    scalars = [line for line in trained.scalars if 'liera/max_delta' in line]
+    assert [line['step'] for line in scalars] == [1, 2]
+    assert scalars[1]['liera/max_delta'] == report.max_delta > 0
+
+
+# Refusals before training
+
+def refused(runner, message):
+    with pytest.raises(RuntimeError, match=message):
+        runner.train()
+
+
+def test_frozen_weight_that_would_train(make_runner):
+    runner = make_runner()
+    runner.model.backbone.stages[0][1].norm.weight.requires_grad_(True)
+    refused(runner, r"Trains, but should be frozen: \['stages.0.1.norm.weight'\]")
+
+
+def test_adapter_that_would_not_train(make_runner):
+    """ConvNeXt's own frozen_stages freezes all that is in a stage."""
+    refused(make_runner(**{'model.backbone.frozen_stages': 1}),
+            r"Should train, but is frozen: \['downsample_layers.0.0.adapter.A', .*'stages.0.1.pointwise_conv2.adapter.B'\]")
+
+
+def test_optimizer_of_another_model(make_runner):
+    runner = make_runner()
+    other = copy.deepcopy(runner.model)
+    runner.optim_wrapper = OptimWrapper(torch.optim.SGD(other.parameters(), lr=.1))
+    refused(runner, r'the optimizer lacks \d+ trainable tensors: backbone.downsample_layers.0.0.adapter.A')
+
+
+def test_no_adapted_backbone(make_runner):
+    refused(make_runner(DIGITS / 'mask-rcnn_convnextv2-mini_full_digits.py', custom_hooks=HOOKS),
+            'LieRAHook found no adapted backbone in the model: set its type')
+
+
+@pytest.mark.parametrize('config', ['liera', 'frozen'])
+def test_weights_that_were_never_loaded(make_runner, config):
+    runner = make_runner(DIGITS / f'mask-rcnn_convnextv2-mini_{config}_digits.py', **{'model.backbone.init_cfg': None})
+    refused(runner, 'backbone has frozen weights that were never loaded: .*among them downsample_layers.0.0.weight')
+
+
+def test_weights_may_come_from_a_whole_checkpoint(make_runner, trained):
+    runner, spy = make_runner(**{'model.backbone.init_cfg': None, 'load_from': str(trained.checkpoint)}), Spy()
+    runner.register_hook(spy)
+    runner.train()
+    assert not different(spy.states[0], clone(trained.model))
+
+
+@pytest.mark.parametrize('split', ['train', 'val', 'test'])
+def test_categories_of_another_data_set(make_runner, trained, split):
+    names = ('zero', 'one', *'23456789')
+    runner = make_runner(**{f'{split}_dataloader.dataset.metainfo.classes': names, 'load_from': str(trained.checkpoint)})
+    with pytest.raises(RuntimeError, match=rf'(?s){"train" if split == "train" else "val"}2017.json lacks 2 classes of '
+                                           r'the config, such as zero, one; it has 0, 1, 2.*metainfo'):
+        runner.test() if split == 'test' else runner.train()
+
+
+# What it has to get along with
+
+@OPTIM_WRAPPERS.register_module()
+class CpuAutocast(OptimWrapper):
+    """MMEngine's AmpOptimWrapper insists on a GPU."""
+
+    @contextlib.contextmanager
+    def optim_context(self, model):
+        with super().optim_context(model), torch.autocast('cpu', dtype=torch.bfloat16):
+            yield
+
+
+@pytest.mark.parametrize('options', [
+    {'model.backbone.liera.update': 'additive'},
+    {'model.backbone.liera.update': 'exp'},
+    {'model.backbone.liera.method': 'dense'},
+    {'model.backbone.liera.method': 'pissa'},
+    {'model.backbone.liera.method': 'dora'},
+    {'model.backbone.with_cp': True},
+    {'model.backbone.drop_path_rate': .2},
+    {'optim_wrapper.accumulative_counts': 2},
+    {'optim_wrapper.type': 'CpuAutocast'},
+    {'optim_wrapper': dict(_delete_=True, type='AmpOptimWrapper', optimizer=dict(type='SGD', lr=.01))},
+], ids=lambda options: '-'.join(map(str, [*options][0].split('.')[-1:] + [*options.values()]))[:40])
+def test_variants_train(make_runner, monkeypatch, options):
+    if 'optim_wrapper' in options:
+        if not torch.cuda.is_available():
+            pytest.skip('AmpOptimWrapper needs a GPU')
+        monkeypatch.setattr('mmengine.device.utils.DEVICE', 'cuda')
+    runner, spy = make_runner(**options), Spy()
+    runner.register_hook(spy)
+    runner.train()
+    changed = different(spy.states[0], clone(runner.model))
+    assert not changed & frozen_names(runner.model)
+    for name, _ in adapted_layers(runner.model):
+        assert any(key.startswith(f'{name}.adapter.') for key in changed), name
+    assert all(tensor.isfinite().all() for tensor in clone(runner.model).values())
+    assert len(spy.merged['val']) == 2 and all(spy.merged['val'])
+
+
+def test_gradient_accumulation(make_runner):
+    steps = []
+
+    class Watch(Hook):
+
+        def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+            steps.append(clone(runner.model))
+
+    runner = make_runner(**{'optim_wrapper.accumulative_counts': 2, 'train_dataloader.batch_size': 1})
+    runner.register_hook(Watch())
+    runner.train()
+    assert [bool(different(a, b)) for a, b in zip(steps, steps[1:])] == [True, False, True]
+
+
+def test_moving_average_and_best_checkpoint(make_runner):
+    runner = make_runner(**{'custom_hooks': [*HOOKS, dict(type='EMAHook', momentum=.1)],
+                            'default_hooks.checkpoint.save_best': 'coco/bbox_mAP'})
+    ema = next(hook for hook in runner.hooks if type(hook).__name__ == 'EMAHook')
+    seen = SimpleNamespace()
+
+    class Watch(Hook):
+        priority = 'LOWEST'
+
+        def before_val(self, runner):
+            seen.source, seen.average = clone(runner.model), clone(ema.ema_model.module)
+
+        def before_val_iter(self, runner, batch_idx, data_batch=None):
+            seen.validated, seen.merged = clone(runner.model), Spy.count(runner)
+
+        def after_val(self, runner):
+            seen.restored, seen.restored_average = clone(runner.model), clone(ema.ema_model.module)
+
+    runner.register_hook(Watch())
+    runner.train()
+    averaged = different(seen.source, seen.average)
+    assert averaged and not averaged & frozen_names(runner.model)
+    assert seen.merged and not different(seen.validated, seen.average)
+    assert not different(seen.restored, seen.source) and not different(seen.restored_average, seen.average)
+    best = load(next(Path(runner.work_dir).glob('best_*.pth')))
+    assert not different(best['state_dict'], seen.average)
+    base = load(Path(runner.work_dir, 'epoch_1.pth'))['state_dict']
+    assert not different(base, best['state_dict'])
+
+
+class Reseed(Hook):
+    """MMEngine's checkpoints don't hold the state of random numbers, which mmdet's samplers draw."""
+
+    def before_train_epoch(self, runner):
+        torch.manual_seed(runner.epoch)
+
+
+@pytest.mark.parametrize('method', ['lora', 'pissa', 'dora'])
+def test_resuming_continues(make_runner, method):
+    options = {'train_cfg.max_epochs': 2, 'train_cfg.val_interval': 9, 'model.backbone.liera.method': method}
+    straight = make_runner(**options)
+    straight.register_hook(Reseed())
+    straight.train()
+    resumed, spy = make_runner(**options, resume=True, load_from=f'{straight.work_dir}/epoch_1.pth'), Spy()
+    resumed.register_hook(Reseed())
+    resumed.register_hook(spy)
+    resumed.train()
+    assert not different(spy.states[0], load(f'{straight.work_dir}/epoch_1.pth')['state_dict'])
+    ours, theirs = clone(resumed.model), clone(straight.model)
+    assert different(spy.states[0], ours)
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-6, msg=lambda text, name=name: name + text)
+
+
+# Checkpoints to test or resume from
+
+def save_part(trained, tmp_path, keep, prefix=''):
+    checkpoint = load(trained.checkpoint)
+    checkpoint['state_dict'] = {prefix + name: t for name, t in checkpoint['state_dict'].items() if keep(name)}
+    torch.save(checkpoint, tmp_path / 'part.pth')
+    return str(tmp_path / 'part.pth')
+
+
+@pytest.mark.parametrize('prefix', ['', 'module.'])
+def test_testing_gives_the_metrics_of_training(make_runner, trained, tmp_path, prefix):
+    """Also from a checkpoint whose keys carry the prefix of a distributed training."""
+    runner, spy = make_runner(load_from=save_part(trained, tmp_path, lambda name: True, prefix)), Spy()
+    runner.register_hook(spy)
+    assert runner.test() == trained.spy.metrics[1]
+    assert trained.spy.metrics[1] != trained.spy.metrics[0]
+    layers = len(liera_mm.summary(trained.model))
+    assert spy.merged == dict(train=[], val=[layers] * 2, after=[0])
+
+
+@pytest.mark.parametrize('run', ['test', 'val', 'resume'])
+@pytest.mark.parametrize('lacking, message', [
+    ('.adapter.', r'lacks 68 tensors of this model \(68 of adapters\)'),
+    ('depthwise_conv.weight', r'lacks 10 tensors of this model \(0 of adapters\), among them backbone.stages.0.0.depthw'),
+    ('rpn_cls', r'lacks 2 tensors of this model \(0 of adapters\), among them rpn_head.rpn_cls.bias'),
+])
+def test_checkpoint_of_a_part_is_refused(make_runner, trained, tmp_path, run, lacking, message):
+    runner = make_runner(load_from=save_part(trained, tmp_path, lambda name: lacking not in name), resume=run == 'resume')
+    with pytest.raises(RuntimeError, match=message):
+        runner.train() if run == 'resume' else getattr(runner, run)()
+
+
+@pytest.mark.parametrize('changed', [{'update': 'additive'}, {'alpha': 16}])
+def test_checkpoint_of_other_settings_is_refused(make_runner, trained, changed):
+    """They give the same tensors another meaning: the metrics would be wrong without a word."""
+    options = {f'model.backbone.liera.{name}': value for name, value in changed.items()}
+    with pytest.raises(RuntimeError, match=next(iter(changed))):
+        make_runner(**options, load_from=str(trained.checkpoint)).test()

@@ -1,0 +1,274 @@
+"""Pretrained weights: where they come from, the forms they have, and that none is missing without a word."""
+import copy
+import functools
+import http.server
+import logging
+import re
+import threading
+
+import pytest
+import torch
+from mmengine.config import ConfigDict
+from mmengine.logging import MMLogger
+from mmengine.registry import MODELS, DefaultScope
+from safetensors.torch import save_file
+
+import liera_mm
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+SHIPPED = 'mask-rcnn_convnextv2-mini_glyphs'
+CONVNEXT = dict(
+    type='mmpretrain.ConvNeXt',
+    arch=dict(depths=[1, 1, 1, 1], channels=[8, 16, 24, 32]),
+    layer_scale_init_value=0.,
+    use_grn=True,
+    out_indices=[0, 1, 2, 3],
+    gap_before_final_norm=False)
+RESNET = dict(type='mmdet.ResNet', depth=18, base_channels=4)
+SWIN = dict(type='mmdet.SwinTransformer', embed_dims=8, depths=[1, 1, 1, 1], num_heads=[1, 2, 2, 4], window_size=4)
+LIERA = dict(rank=2, alpha=4)
+
+
+def build(backbone, checkpoint=None, prefix=None, **liera):
+    init_cfg = ConfigDict(type='Pretrained', checkpoint=str(checkpoint), prefix=prefix) if checkpoint else None
+    backbone = dict(backbone, init_cfg=init_cfg)
+    liera = dict(LIERA, **liera)
+    if 'ConvNeXt' in backbone['type']:
+        cfg = dict(backbone, type='LieRAConvNeXt', liera=liera)
+    else:
+        cfg = dict(type='LieRABackbone', backbone=backbone, liera=liera)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        return MODELS.build(copy.deepcopy(cfg))
+
+
+def random_state(backbone):
+    """Weights of a backbone without adapters, none of them at its initial value."""
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        state = MODELS.build(backbone).state_dict()
+    return {name: torch.rand_like(t) if t.is_floating_point() else t for name, t in state.items()}
+
+
+def published(state):
+    """A classifier's checkpoint as mmpretrain publishes it: one norm at the end, a head, a prefix."""
+    state = {f'backbone.{name}': t for name, t in state.items() if not re.match('norm[012]', name)}
+    return dict(meta=dict(epoch=0), state_dict={**state, 'head.fc.weight': torch.rand(10, 32)})
+
+
+def split(model):
+    """State of the base, state of the adapters."""
+    states = ({}, {})
+    for name, tensor in model.state_dict().items():
+        states['.adapter.' in name][name] = tensor.clone()
+    return states
+
+
+def assert_loaded(model, state, but=()):
+    ours = split(model)[0]
+    assert set(ours) - set(state) <= set(but)
+    for name, tensor in ours.items():
+        if name in state:
+            assert torch.equal(tensor.flatten(), state[name].flatten()), name
+
+
+@pytest.fixture
+def messages(capsys):
+    """A function that gives all that was printed or logged so far."""
+    records = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(handler)
+    yield lambda: '\n'.join(records) + ''.join(capsys.readouterr())
+    logger.removeHandler(handler)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """URL of a server of the files in tmp_path."""
+    monkeypatch.setenv('no_proxy', '127.0.0.1')
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+
+        def log_message(self, *args):
+            pass
+
+    handler = functools.partial(Handler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f'http://127.0.0.1:{httpd.server_port}'
+        httpd.shutdown()
+
+
+@pytest.mark.parametrize('theirs', [True, False], ids=['2d', '4d'])
+@pytest.mark.parametrize('ours', [True, False], ids=['linear', '1x1'])
+def test_published_convnext(tmp_path, messages, ours, theirs):
+    state = random_state(dict(CONVNEXT, linear_pw_conv=theirs))
+    torch.save(published(state), tmp_path / 'base.pth')
+    model = build(dict(CONVNEXT, linear_pw_conv=ours), tmp_path / 'base.pth', 'backbone.')
+    norms, factors = ({f'norm{i}.{kind}' for i in range(3) for kind in ('weight', 'bias')}, split(model)[1])
+    before = model.state_dict()['norm0.weight'].clone()
+    model.init_weights()
+    assert_loaded(model, {name: t for name, t in state.items() if name not in norms}, but=norms)
+    assert torch.equal(model.norm0.weight, before)  # the checkpoint has none
+    after = split(model)[1]
+    assert factors and all(torch.equal(after[name], tensor) for name, tensor in factors.items())
+    logged = messages()
+    assert 'norm0.weight' in logged and 'adapter' not in logged
+
+
+@pytest.mark.parametrize('wrap', ['bare', 'state_dict', 'safetensors', 'http', 'prefix-without-dot'])
+def test_sources(tmp_path, request, wrap):
+    state = random_state(CONVNEXT)
+    prefix, source = None, tmp_path / 'base.pth'
+    if wrap == 'safetensors':
+        source = tmp_path / 'base.safetensors'
+        save_file(state, source)
+    elif wrap == 'prefix-without-dot':
+        torch.save(published(state), source)
+        prefix = 'backbone'
+    else:
+        torch.save(dict(state_dict=state) if wrap == 'state_dict' else state, source)
+    if wrap == 'http':
+        source = f'{request.getfixturevalue("server")}/base.pth'
+    model = build(CONVNEXT, source, prefix)
+    model.init_weights()
+    norms = {name for name in state if re.match('norm[012]', name)}
+    missing = norms if prefix else ()
+    assert_loaded(model, {name: t for name, t in state.items() if name not in missing}, but=missing)
+
+
+def test_download_is_kept(tmp_path, server):
+    torch.save(random_state(CONVNEXT), tmp_path / 'base.pth')
+    build(CONVNEXT, f'{server}/base.pth').init_weights()
+    (tmp_path / 'base.pth').unlink()
+    build(CONVNEXT, f'{server}/base.pth').init_weights()
+
+
+def test_weights_that_ship():
+    arch = dict(CONVNEXT, arch=dict(depths=[2, 2, 4, 2], channels=[24, 48, 96, 192]))
+    model = build(arch, f'liera://{SHIPPED}', 'backbone.')
+    before = split(model)[0]
+    model.init_weights()
+    after = split(model)[0]
+    same = [name for name in before if torch.equal(before[name], after[name])]
+    assert not same and set(before) == model.loaded
+
+
+def test_unknown_name_lists_what_ships():
+    with pytest.raises(FileNotFoundError, match=f'liera://typo does not ship.*{SHIPPED}'):
+        build(CONVNEXT, 'liera://typo').init_weights()
+
+
+@pytest.mark.parametrize('method', ['lora', 'dense', 'pissa', 'dora'])
+@pytest.mark.parametrize('update', ['additive', 'taylor', 'exp'])
+def test_starts_as_the_pretrained_network(tmp_path, method, update):
+    """PiSSA's factors and DoRA's magnitudes are those of the weights that were loaded after adapting."""
+    state = random_state(CONVNEXT)
+    torch.save(published(state), tmp_path / 'base.pth')
+    model = build(CONVNEXT, tmp_path / 'base.pth', 'backbone.', method=method, update=update)
+    model.init_weights()
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        plain = MODELS.build(CONVNEXT)
+    plain.load_state_dict(split(model)[0])
+    plain.eval()
+    picture = torch.randn(1, 3, 64, 64)
+    for ours, theirs in zip(model.eval()(picture), plain(picture)):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    layer = model.stages[0][0].depthwise_conv
+    assert torch.equal(layer.weight, state['stages.0.0.depthwise_conv.weight'])
+    if method == 'pissa':  # rank 2 is enough for all singular triplets of this kernel
+        torch.testing.assert_close((layer.adapter.B @ layer.adapter.A).view_as(layer.weight), layer.weight)
+
+
+DAMAGES = {
+    'another arch': (dict(CONVNEXT, arch=dict(depths=[1, 1, 1, 1], channels=[8, 16, 24, 40])), 'backbone.', None,
+                     r'frozen tensors would stay random, among them downsample_layers\.3\.1\.weight'),
+    'shallower': (dict(CONVNEXT, arch=dict(depths=[1, 1, 2, 1], channels=[8, 16, 24, 32])), 'backbone.', None,
+                  r'frozen tensors would stay random, among them stages\.2\.1\.'),
+    'a weight is missing': (CONVNEXT, 'backbone.', 'stages.1.0.pointwise_conv2.weight',
+                            r': 1 frozen tensors would stay random, among them stages\.1\.0\.pointwise_conv2\.weight'),
+    'a norm is missing': (CONVNEXT, 'backbone.', 'stages.1.0.norm.bias', r': 1 .* among them stages\.1\.0\.norm\.bias'),
+    'wrong prefix': (CONVNEXT, 'encoder.', None, 'encoder. is not in the pretrained model'),
+    'no prefix': (CONVNEXT, None, None, r'frozen tensors would stay random, among them downsample_layers\.0\.0\.weight'),
+}
+
+
+@pytest.mark.parametrize('damage', DAMAGES)
+def test_convnext_that_does_not_fit(tmp_path, damage):
+    cfg, prefix, missing, message = DAMAGES[damage]
+    checkpoint = published(random_state(CONVNEXT))
+    checkpoint['state_dict'].pop(f'backbone.{missing}', None)
+    torch.save(checkpoint, tmp_path / 'base.pth')
+    with pytest.raises((RuntimeError, AssertionError), match=message) as error:
+        build(cfg, tmp_path / 'base.pth', prefix).init_weights()
+    if damage != 'wrong prefix':  # there, MMEngine knows better
+        assert str(tmp_path / 'base.pth') in str(error.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match='nowhere.pth'):
+        build(CONVNEXT, tmp_path / 'nowhere.pth').init_weights()
+
+
+def torchvision_form(state):
+    """A ResNet as torchvision publishes it: with a classifier, and without counts of batches."""
+    state = {name: t for name, t in state.items() if not name.endswith('num_batches_tracked')}
+    return {**state, 'fc.weight': torch.rand(10, 32), 'fc.bias': torch.rand(10)}
+
+
+def swin_form(state):
+    return dict(state_dict={f'backbone.{name}': tensor for name, tensor in state.items()})
+
+
+@pytest.mark.parametrize('cfg, form', [(RESNET, torchvision_form), (SWIN, swin_form)], ids=['resnet', 'swin'])
+def test_other_backbones(tmp_path, messages, cfg, form):
+    state = random_state(cfg)
+    torch.save(form(state), tmp_path / 'base.pth')
+    model = build(cfg, tmp_path / 'base.pth')
+    factors = split(model)[1]
+    model.init_weights()
+    assert_loaded(model, {name: t for name, t in state.items() if not name.endswith('num_batches_tracked')},
+                  but={name for name in state if name.endswith('num_batches_tracked')})
+    after = split(model)[1]
+    assert factors and all(torch.equal(after[name], tensor) for name, tensor in factors.items())
+    logged = messages()
+    assert 'base.pth' in logged and 'adapter' not in logged
+
+
+@pytest.mark.parametrize('cfg, form, missing', [
+    (RESNET, torchvision_form, 'layer2.0.conv1.weight'),
+    (RESNET, torchvision_form, 'layer2.0.bn1.weight'),
+    (RESNET, torchvision_form, 'layer2.0.bn1.running_var'),
+    (SWIN, swin_form, 'stages.1.blocks.0.attn.w_msa.qkv.weight'),
+    (SWIN, swin_form, 'stages.1.blocks.0.attn.w_msa.relative_position_bias_table'),
+])
+def test_other_backbones_that_lack_a_tensor(tmp_path, cfg, form, missing):
+    state = random_state(cfg)
+    del state[missing]
+    torch.save(form(state), tmp_path / 'base.pth')
+    with pytest.raises(RuntimeError, match=f'1 frozen tensors would stay random, among them {re.escape(missing)}'):
+        build(cfg, tmp_path / 'base.pth').init_weights()
+
+
+@pytest.mark.parametrize('cfg', [CONVNEXT, RESNET, SWIN], ids=['convnext', 'resnet', 'swin'])
+def test_random_weights_are_initialised_as_always(cfg):
+    """Without init_cfg nothing is loaded, and check_base() says so: LieRAHook asks it before training."""
+    model = build(cfg)
+    model.init_weights()
+    assert not model.loaded
+    with pytest.raises(RuntimeError, match='backbone is random: .*frozen tensors would stay random'):
+        model.check_base('backbone is random')
+    model.load_state_dict(random_state(cfg), strict=False)
+    model.check_base('backbone is random')
+
+
+def test_a_shared_pretrained_file_may_be_loaded_twice(tmp_path):
+    torch.save(published(random_state(CONVNEXT)), tmp_path / 'base.pth')
+    model = build(CONVNEXT, tmp_path / 'base.pth', 'backbone.')
+    model.init_weights()
+    before = split(model)
+    model.init_weights()
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(before, split(model)) for name in a)
+    assert liera_mm.summary(model)

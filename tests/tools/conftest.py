@@ -1,0 +1,45 @@
+"""Tiny data sets, and the tools as a user runs them."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope='session')
+def run_tool():
+    """A function that runs a tool on the CPU in a process of its own, and gives what it printed."""
+
+    def run(name, *args, fails=False):
+        command = [sys.executable, ROOT / 'tools' / name, *map(str, args)]
+        env = dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
+        result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert bool(result.returncode) == fails, result.stdout[-2000:] + result.stderr[-4000:]
+        return result.stdout + result.stderr
+
+    return run
+
+
+@pytest.fixture(scope='session')
+def tiny_digits(tmp_path_factory, run_tool):
+    """Folder of six images to train on and three to validate on."""
+    out = tmp_path_factory.mktemp('tiny') / 'digits'
+    run_tool('make_digits_coco.py', out, '--train', 6, '--val', 3, '--size', 64, '--workers', 1)
+    return out
+
+
+@pytest.fixture(scope='session')
+def tiny_options(tiny_digits):
+    """Options that let tools/train.py and tools/test.py run a digits config on it in seconds."""
+    return [
+        '--cfg-options', f'data_root={tiny_digits}', 'train_cfg.max_epochs=1', 'train_cfg.val_interval=1',
+        'train_dataloader.batch_size=2', 'train_dataloader.dataset.pipeline.2.scale=(64,64)',
+        'val_dataloader.dataset.pipeline.1.scale=(64,64)', 'test_dataloader.dataset.pipeline.1.scale=(64,64)',
+        'model.test_cfg.rcnn.score_thr=0.', 'model.test_cfg.rcnn.max_per_img=100', 'param_scheduler.0.end=1',
+        'default_hooks.checkpoint.interval=1', 'default_hooks.checkpoint.max_keep_ckpts=2',
+        *(f'{split}_dataloader.{option}' for split in ('train', 'val', 'test')
+          for option in ('num_workers=0', 'persistent_workers=False')),
+    ]
