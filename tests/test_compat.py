@@ -400,8 +400,9 @@ def run_python(code, *path):
     """Run code in a fresh interpreter that can ``import compat``, with more folders in front of its path."""
     code = ('import importlib.util as u, sys; spec = u.spec_from_file_location("compat", sys.argv[1]); '
             'sys.modules["compat"] = compat = u.module_from_spec(spec); spec.loader.exec_module(compat)\n' + code)
+    paths = os.pathsep.join([*map(str, path), os.environ.get('PYTHONPATH', '')])
     return subprocess.run([sys.executable, '-c', code, compat.__file__], capture_output=True, text=True, timeout=300,
-                          env={**os.environ, 'PYTHONPATH': os.pathsep.join(map(str, path))})
+                          env={**os.environ, 'PYTHONPATH': paths})
 
 
 def check_python(code, *path):

@@ -11,7 +11,7 @@ from mmengine.config import Config, ConfigDict
 
 
 def use_tta(cfg: Config) -> None:
-    """Wrap model and test pipeline for flipping, as the config says or in MMDetection's default way."""
+    """Wrap model and test pipeline for flipping, as the config says or in MMDetection's default way: of boxes only."""
     cfg.setdefault(
         'tta_model', dict(type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)))
     if 'tta_pipeline' not in cfg:
@@ -19,6 +19,10 @@ def use_tta(cfg: Config) -> None:
         flips = [dict(type='RandomFlip', prob=1.), dict(type='RandomFlip', prob=0.)]
         keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction')
         cfg.tta_pipeline = [*steps, dict(type='TestTimeAug', transforms=[flips, [dict(pack, meta_keys=keys)]])]
+    if (cfg.model.get('roi_head') or {}).get('mask_head'):
+        print('MMDetection merges boxes of flipped images, but not masks: testing boxes only')
+        cfg.model.roi_head.update(mask_head=None, mask_roi_extractor=None)
+        cfg.test_evaluator.metric = 'bbox'
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
     cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
 

@@ -27,7 +27,7 @@ def run_tool():
 def tiny_digits(tmp_path_factory, run_tool):
     """Folder of six images to train on and three to validate on."""
     out = tmp_path_factory.mktemp('tiny') / 'digits'
-    run_tool('make_digits_coco.py', out, '--train', 6, '--val', 3, '--size', 64, '--workers', 1)
+    run_tool('make_digits_coco.py', out, '--train', 6, '--val', 3, '--size', 160, '--workers', 1)
     return out
 
 
@@ -36,9 +36,9 @@ def tiny_options(tiny_digits):
     """Options that let tools/train.py and tools/test.py run a digits config on it in seconds."""
     return [
         '--cfg-options', f'data_root={tiny_digits}', 'train_cfg.max_epochs=1', 'train_cfg.val_interval=1',
-        'train_dataloader.batch_size=2', 'train_dataloader.dataset.pipeline.2.scale=(64,64)',
-        'val_dataloader.dataset.pipeline.1.scale=(64,64)', 'test_dataloader.dataset.pipeline.1.scale=(64,64)',
-        'model.test_cfg.rcnn.score_thr=0.', 'model.test_cfg.rcnn.max_per_img=100', 'param_scheduler.0.end=1',
+        'train_dataloader.batch_size=2',
+        'model.test_cfg.rcnn.score_thr=0.', 'model.test_cfg.rcnn.max_per_img=100',
+        'optim_wrapper.optimizer.lr=5e-3', 'param_scheduler.0.start_factor=1.',
         'default_hooks.checkpoint.interval=1', 'default_hooks.checkpoint.max_keep_ckpts=2',
         *(f'{split}_dataloader.{option}' for split in ('train', 'val', 'test')
           for option in ('num_workers=0', 'persistent_workers=False')),
