@@ -58,7 +58,7 @@ def to_sample(boxes: np.ndarray, labels: list, masks: np.ndarray, scores: np.nda
         scores=torch.as_tensor(scores))
 
 
-def draw_sheet(predictions: Path, data_root: Path, out: Path, images: int = 12, columns: int = 3, zoom: int = 3) -> None:
+def draw_sheet(predictions: Path, data_root: Path, out: Path, images: int = 9, columns: int = 3, zoom: int = 3) -> None:
     """Write one picture of validation images, ground truth left and predictions above a score of 0.5 right of it."""
     coco = COCO(str(data_root / 'annotations/instances_val2017.json'))
     visualizer = DetLocalVisualizer(alpha=0.5)
@@ -84,7 +84,10 @@ def draw_sheet(predictions: Path, data_root: Path, out: Path, images: int = 12, 
                 np.stack([rle.decode(found['masks'][i]) for i in keep] or [np.zeros(shape, np.uint8)])[:len(keep)],
                 found['scores'][keep], zoom))
         visualizer.add_datasample('', image, sample, pred_score_thr=0.5)
-        tiles.append(np.pad(visualizer.get_image(), ((0, 12), (0, 12), (0, 0)), constant_values=255))
+        tile = np.pad(visualizer.get_image(), ((36, 8), (0, 16), (0, 0)), constant_values=255)
+        for left, text in ((0, 'ground truth'), (image.shape[1], 'predictions')):
+            cv2.putText(tile, text, (left + 4, 27), cv2.FONT_HERSHEY_SIMPLEX, 0.9, (0, 0, 0), 2, cv2.LINE_AA)
+        tiles.append(tile)
     rows = [np.concatenate(tiles[i:i + columns], axis=1) for i in range(0, len(tiles), columns)]
     mmcv.imwrite(np.concatenate(rows)[..., ::-1], str(out))
 
