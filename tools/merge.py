@@ -4,6 +4,7 @@ Writes a plain checkpoint OUT (.pth) and, beside it, a plain config (.py): stock
 """
 import argparse
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from mmengine.config import Config, ConfigDict
@@ -11,7 +12,8 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 
 import liera_mm
-from liera_mm.engine.cli import SetupError, check_checkpoint, exit_clearly, load_config
+from liera_mm.engine.cli import check_checkpoint, exit_clearly, load_config
+from liera_mm.errors import SetupError
 
 
 def plain_config(cfg: Config) -> Config:
@@ -26,7 +28,8 @@ def plain_config(cfg: Config) -> Config:
     for part in cfg.model.values():
         if isinstance(part, ConfigDict) and (part.get('init_cfg') or {}).get('type') == 'Pretrained':
             part.init_cfg = None  # the checkpoint has these weights
-    cfg.custom_imports = dict(imports=['mmpretrain.models'], allow_failed_imports=False)
+    others = [name for name in cfg.get('custom_imports', {}).get('imports', []) if name != 'liera_mm']
+    cfg.custom_imports = dict(imports=[*others, 'mmpretrain.models'], allow_failed_imports=False)
     cfg.custom_hooks = [hook for hook in cfg.get('custom_hooks', []) if hook['type'] != 'LieRAHook']
     return cfg
 
@@ -45,6 +48,9 @@ def main() -> None:
     model = MODELS.build(cfg.model)
     try:
         checkpoint = load_checkpoint(model, args.checkpoint, map_location='cpu', strict=True)
+    except (UnpicklingError, EOFError) as error:
+        raise SetupError(f'{args.checkpoint} is no checkpoint, or a damaged one: {error}',
+                         'Give a checkpoint that tools/train.py wrote') from None
     except RuntimeError as error:
         raise SetupError(f'{args.checkpoint} was not trained with {args.config}: {str(error).splitlines()[-1]:.300}',
                          'Use the config in the work dir of that checkpoint') from None

@@ -1,15 +1,8 @@
 """Train a detector: tools/train.py CONFIG [options]."""
 import argparse
 
-from liera_mm.engine.cli import (
-    SetupError,
-    add_options,
-    build_runner,
-    check_data,
-    check_weights,
-    config_of,
-    exit_clearly,
-)
+from liera_mm.engine.cli import add_options, build_runner, check_data, check_weights, config_of, exit_clearly
+from liera_mm.errors import SetupError
 
 
 def main() -> None:

@@ -16,20 +16,10 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from ..errors import SetupError
+
 LOOK_ALIKES = str.maketrans(dict(zip('\u0430\u0435\u0456\u043e\u0440\u0441\u0445\u0443', 'aeiopcxy')))
 """Cyrillic letters that look like the Latin ones of file names."""
-
-
-class SetupError(Exception):
-    """Something that the user has to mend before a tool can start.
-
-    Args:
-        problem: What is missing or wrong, and where.
-        remedy: What to do about it.
-    """
-
-    def __init__(self, problem: str, remedy: str):
-        super().__init__(f'{problem}\n{remedy}')
 
 
 def exit_clearly(main: Callable[[], None]) -> None:

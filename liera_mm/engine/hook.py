@@ -12,6 +12,7 @@ from mmengine.runner.base_loop import BaseLoop
 from torch import nn
 
 from ..adapt import intended_parameters, merge, range_report, summary, unmerge
+from ..errors import SetupError
 from ..models import PretrainedBackbone
 
 
@@ -32,9 +33,9 @@ class LieRAHook(Hook):
         model = _unwrap(runner.model)
         backbones = list(_backbones(model))
         if not backbones:
-            raise RuntimeError(
-                'LieRAHook found no adapted backbone in the model: set its type to LieRAConvNeXt or LieRABackbone '
-                'with liera=dict(...), or take the hook out of custom_hooks')
+            raise SetupError(
+                'LieRAHook found no adapted backbone in the model.',
+                'Set its type to LieRAConvNeXt or LieRABackbone with liera=dict(...), or take the hook out of custom_hooks')
         model.train()  # as the loop will: here a backbone's own frozen_stages freezes what is in them, adapters too
         for name, backbone in backbones:
             backbone.check_base(f'{name} has frozen weights that were never loaded')
@@ -76,9 +77,9 @@ class LieRAHook(Hook):
         missing = sorted(model.state_dict().keys() - theirs)
         if missing:
             adapters = sum('.adapter.' in name for name in missing)
-            raise RuntimeError(
+            raise SetupError(
                 f'the checkpoint lacks {len(missing)} tensors of this model ({adapters} of adapters), among them '
-                f'{", ".join(missing[:3])}.\nGive a checkpoint that was trained with this config, or the config that '
+                f'{", ".join(missing[:3])}.', 'Give a checkpoint that was trained with this config, or the config that '
                 'this checkpoint was trained with; both are in its work_dir.')
 
     def before_val_iter(self, runner: Runner, batch_idx: int, data_batch: Optional[Sequence] = None) -> None:
@@ -106,9 +107,11 @@ def _check_trainable(name: str, backbone: nn.Module) -> None:
     trained = {key for key, parameter in backbone.named_parameters() if parameter.requires_grad}
     intended = intended_parameters(backbone)
     if trained != intended:
-        raise RuntimeError(f'{name} would not train what its liera config says.\nTrains, but should be frozen: '
-                           f'{sorted(trained - intended) or "nothing"}\nShould train, but is frozen: '
-                           f'{sorted(intended - trained) or "nothing"}')
+        raise SetupError(
+            f'{name} would not train what its liera config says. Trains, but should be frozen: '
+            f'{sorted(trained - intended) or "nothing"}. Should train, but is frozen: '
+            f'{sorted(intended - trained) or "nothing"}',
+            'Leave requires_grad of the backbone alone: no frozen_stages, no hook that freezes or unfreezes it')
 
 
 def _check_optimizer(model: nn.Module, optim_wrapper) -> None:
@@ -116,8 +119,8 @@ def _check_optimizer(model: nn.Module, optim_wrapper) -> None:
     optimized = {id(p) for wrapper in wrappers for group in wrapper.param_groups for p in group['params']}
     missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in optimized]
     if missing:
-        raise RuntimeError(f'the optimizer lacks {len(missing)} trainable tensors: {", ".join(missing[:3])}.\nIt must '
-                           'be built after the model is adapted: adapt through the config, not from a hook')
+        raise SetupError(f'the optimizer lacks {len(missing)} trainable tensors: {", ".join(missing[:3])}.',
+                         'It must be built after the model is adapted: adapt through the config, not from a hook')
 
 
 def _check_categories(dataset) -> None:
@@ -129,7 +132,7 @@ def _check_categories(dataset) -> None:
         return
     theirs = [category['name'] for category in load(dataset.ann_file)['categories']]
     missing = [name for name in classes if name not in theirs]
-    raise RuntimeError(
+    raise SetupError(
         f'{dataset.ann_file} lacks {len(missing)} classes of the config, such as {", ".join(missing[:5])}; it has '
-        f'{", ".join(theirs[:5])}.\nSet metainfo=dict(classes=...) of the data set to its own names, and num_classes of '
+        f'{", ".join(theirs[:5])}.', 'Set metainfo=dict(classes=...) of the data set to its own names, and num_classes of '
         'the heads to their number')

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..adapt import without_adapters
+from ..errors import SetupError
 
 # The norms that detection puts behind every stage; classification checkpoints don't have them, and at their initial ones
 # and zeros the lateral convolutions of the neck make up for what a trained scale would do.
@@ -26,7 +27,7 @@ class PretrainedBackbone:
         """Initialise, then load the pretrained weights of ``init_cfg``.
 
         Raises:
-            RuntimeError: If there are pretrained weights, and one of the frozen tensors is not among them.
+            SetupError: If there are pretrained weights, and one of the frozen tensors is not among them.
         """
         with without_adapters(self):
             super().init_weights()
@@ -36,7 +37,7 @@ class PretrainedBackbone:
             self.check_base(f'{source} does not fit {type(self).__name__}')
 
     def check_base(self, what: str) -> None:
-        """Raise a RuntimeError that begins with ``what`` if a frozen weight or a norm's statistics were never loaded."""
+        """Raise a SetupError that begins with ``what`` if a frozen weight or a norm's statistics were never loaded."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         missing = [
             name for name, tensor in self.state_dict().items()
@@ -44,8 +45,8 @@ class PretrainedBackbone:
             and '.adapter.' not in name and not OUTPUT_NORM.fullmatch(name)
         ]
         if missing:
-            raise RuntimeError(
-                f'{what}: {len(missing)} frozen tensors would stay random, among them {", ".join(missing[:3])}.\n'
+            raise SetupError(
+                f'{what}: {len(missing)} frozen tensors would stay random, among them {", ".join(missing[:3])}.',
                 "Check the backbone's arch and the checkpoint and prefix of its init_cfg=dict(type='Pretrained', ...), or "
                 'give a whole checkpoint as load_from.')
 

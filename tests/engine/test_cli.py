@@ -15,6 +15,7 @@ import pytest
 from mmengine.config import Config
 
 from liera_mm.engine import cli
+from liera_mm.errors import SetupError
 
 ROOT = Path(__file__).parents[2]
 COCO = 'configs/mask-rcnn_convnextv2-b_liera_r16.py'
@@ -29,7 +30,7 @@ def at_the_root(monkeypatch):
 
 def problem_of(function, *args):
     """The two lines of the SetupError that a call raises."""
-    with pytest.raises(cli.SetupError) as error:
+    with pytest.raises(SetupError) as error:
         function(*args)
     lines = str(error.value).splitlines()
     assert len(lines) == 2 and all(lines)

@@ -1,0 +1,185 @@
+"""tools/merge.py: its output gives the adapted detector's predictions in MMDetection without this package."""
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from mmdet.apis import inference_detector, init_detector
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+
+from liera_mm import LieRAHook
+from liera_mm.errors import SetupError
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+ROOT = Path(__file__).parents[2]
+LIERA = ROOT / 'configs/digits/mask-rcnn_convnextv2-mini_liera_digits.py'
+
+spec = importlib.util.spec_from_file_location('merge_tool', ROOT / 'tools/merge.py')
+tool = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tool)
+
+# What each config changes in the model of LIERA
+CONFIGS = {
+    'taylor': '',
+    'exp': "backbone=dict(linear_pw_conv=False, liera=dict(update='exp')), ",
+    'dora': "backbone=dict(liera=dict(method='dora', train_norm=True)), ",
+    'frozen': 'backbone=dict(liera=None), ',
+    'around': """backbone=dict(
+    _delete_=True, type='LieRABackbone', liera=dict(rank=2), backbone=dict(
+        type='mmpretrain.ConvNeXt', arch=dict(depths=[2, 2, 4, 2], channels=[24, 48, 96, 192]), out_indices=[0, 1, 2, 3],
+        layer_scale_init_value=0., use_grn=True, gap_before_final_norm=False,
+        init_cfg=dict(type='Pretrained', checkpoint='liera://mask-rcnn_convnextv2-mini_glyphs', prefix='backbone.'))), """,
+}
+
+# The operators' stand-in is loaded under another name: stock MMDetection has compiled ones instead.
+STOCK = '''
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location('stand_in', sys.argv[1])
+stand_in = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(stand_in)
+stand_in.install()
+
+import torch
+from mmdet.apis import inference_detector, init_detector
+
+torch.set_num_threads(1)
+for merged in sys.argv[3:]:
+    detector = init_detector(merged.replace('.pth', '.py'), merged, device='cpu')
+    result = inference_detector(detector, sys.argv[2])
+    torch.save(dict(result.pred_instances.items(), classes=detector.dataset_meta['classes'],
+                    type=type(detector.backbone).__name__), merged + '.result')
+assert not [name for name in sys.modules if name.startswith('liera_mm')]
+'''
+
+
+def merge(monkeypatch, *args):
+    monkeypatch.setattr(sys, 'argv', ['merge.py', *map(str, args)])
+    tool.main()
+
+
+@pytest.fixture(scope='module')
+def picture(tiny_digits):
+    return str(next((tiny_digits / 'val2017').iterdir()))
+
+
+@pytest.fixture(scope='module')
+def detectors(tmp_path_factory):
+    """Config and checkpoint of a detector for each of CONFIGS; all trained tensors of their backbones have moved."""
+    folder, files = tmp_path_factory.mktemp('adapted'), {}
+    for name, change in CONFIGS.items():
+        config, checkpoint = folder / f'{name}.py', folder / f'{name}.pth'
+        config.write_text(f"_base_ = '{LIERA}'\nmodel = dict({change}test_cfg=dict(rcnn=dict(score_thr=0.)))")
+        cfg = Config.fromfile(config)
+        with DefaultScope.overwrite_default_scope('mmdet'):
+            model = MODELS.build(cfg.model)
+        model.init_weights()
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for parameter in model.backbone.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(.02 * torch.randn_like(parameter))
+        content = dict(meta=dict(dataset_meta=dict(classes=cfg.classes), cfg=cfg.pretty_text), state_dict=model.state_dict())
+        LieRAHook().before_save_checkpoint(SimpleNamespace(model=model), content)
+        torch.save(content, checkpoint)
+        files[name] = (config, checkpoint)
+    return files
+
+
+@pytest.fixture(scope='module')
+def merged(tmp_path_factory, detectors, picture):
+    """What the tool wrote, and what stock MMDetection predicts with it."""
+    folder = tmp_path_factory.mktemp('merged') / 'new'
+    with pytest.MonkeyPatch.context() as patch:
+        for name, files in detectors.items():
+            merge(patch, *files, folder / f'{name}.pth')
+    files = [str(folder / f'{name}.pth') for name in detectors]
+    subprocess.run([sys.executable, '-c', STOCK, ROOT / 'liera_mm/compat.py', picture, *files], cwd=folder, check=True)
+    return {name: (torch.load(file, weights_only=False), torch.load(file + '.result', weights_only=False))
+            for name, file in zip(detectors, files)}
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_same_predictions_without_this_package(detectors, merged, picture, name):
+    config, checkpoint = map(str, detectors[name])
+    expected = inference_detector(init_detector(config, checkpoint, device='cpu'), picture).pred_instances
+    ours = merged[name][1]
+    assert ours['type'] == 'ConvNeXt' and ours['classes'] == tuple('0123456789')
+    assert len(expected) > 10
+    assert torch.equal(ours['labels'], expected.labels)
+    assert (ours['masks'] == expected.masks).float().mean() > .999
+    for key in ('bboxes', 'scores'):
+        torch.testing.assert_close(ours[key], expected[key], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_the_perturbation_is_in_the_weights(detectors, merged, name):
+    before, after = torch.load(detectors[name][1], weights_only=False)['state_dict'], merged[name][0]['state_dict']
+    assert set(after) == {key for key in before if '.adapter.' not in key}
+    changed = {key for key in after if not torch.equal(before[key], after[key])}
+    assert changed == {key.split('adapter.')[0] + 'weight' for key in before if '.adapter.' in key}
+    assert bool(changed) == (name != 'frozen')
+
+
+def test_plain_config(detectors, tmp_path, monkeypatch):
+    merge(monkeypatch, *detectors['taylor'], tmp_path / 'plain.pth')
+    cfg = Config.fromfile(tmp_path / 'plain.py')
+    assert 'liera' not in str([cfg.model, cfg.custom_hooks, cfg.custom_imports]).lower()
+    assert cfg.model.backbone.type == 'mmpretrain.ConvNeXt'
+
+
+def test_other_imports_and_hooks_stay(detectors, tmp_path, monkeypatch):
+    """A user's own modules are still needed."""
+    config, checkpoint = detectors['taylor']
+    own = tmp_path / 'own.py'
+    own.write_text(f"_base_ = '{config}'\ncustom_imports = dict(imports=['liera_mm', 'json'], allow_failed_imports=False)\n"
+                   "custom_hooks = [dict(type='LieRAHook'), dict(type='EMAHook')]")
+    merge(monkeypatch, own, checkpoint, tmp_path / 'plain.pth')
+    cfg = Config.fromfile(tmp_path / 'plain.py')
+    assert cfg.custom_hooks == [dict(type='EMAHook')]
+    assert cfg.custom_imports.imports == ['json', 'mmpretrain.models']
+
+
+def refused(monkeypatch, *args):
+    with pytest.raises(SetupError) as error:
+        merge(monkeypatch, *args)
+    problem, remedy = str(error.value).splitlines()
+    assert not args[-1].exists()
+    return problem, remedy
+
+
+def test_missing_config(monkeypatch, detectors, tmp_path):
+    problem, _ = refused(monkeypatch, tmp_path / 'none.py', detectors['taylor'][1], tmp_path / 'out.pth')
+    assert problem == f'Config not found: {tmp_path}/none.py'
+
+
+def test_missing_checkpoint(monkeypatch, detectors, tmp_path):
+    problem, _ = refused(monkeypatch, detectors['taylor'][0], tmp_path / 'none.pth', tmp_path / 'out.pth')
+    assert problem == f'Checkpoint not found: {tmp_path}/none.pth'
+
+
+@pytest.mark.parametrize('theirs', ['frozen', 'around', 'dora', 'exp'])
+def test_checkpoint_of_another_config(monkeypatch, detectors, tmp_path, theirs):
+    """Fewer adapters, another rank, other tensors; the last has the same tensors with another meaning."""
+    config, checkpoint = detectors['taylor'][0], detectors[theirs][1]
+    problem, remedy = refused(monkeypatch, config, checkpoint, tmp_path / 'out.pth')
+    assert problem.startswith(f'{checkpoint} was not trained with {config}: ') and 'config' in remedy
+
+
+@pytest.mark.parametrize('content', [b'not a checkpoint', b'', b'PK\x03\x04'], ids=['text', 'empty', 'truncated'])
+def test_not_a_checkpoint(monkeypatch, detectors, tmp_path, content):
+    (tmp_path / 'bad.pth').write_bytes(content)
+    problem, _ = refused(monkeypatch, detectors['taylor'][0], tmp_path / 'bad.pth', tmp_path / 'out.pth')
+    assert str(tmp_path / 'bad.pth') in problem
+
+
+def test_output_must_be_a_pth_file(monkeypatch, capsys, detectors, tmp_path):
+    with pytest.raises(SystemExit) as error:
+        merge(monkeypatch, *detectors['taylor'], tmp_path / 'out.safetensors')
+    assert error.value.code == 2
+    assert f'out must be a .pth file, not {tmp_path}/out.safetensors' in capsys.readouterr().err.splitlines()[-1]
+    assert not [*tmp_path.iterdir()]
