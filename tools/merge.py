@@ -13,6 +13,7 @@ from mmengine.runner import load_checkpoint
 
 import liera_mm
 from liera_mm.engine.cli import check_checkpoint, exit_clearly, load_config
+from liera_mm.engine.hook import check_settings
 from liera_mm.errors import SetupError
 
 
@@ -34,6 +35,12 @@ def plain_config(cfg: Config) -> Config:
     return cfg
 
 
+def reason(error: RuntimeError) -> str:
+    """The line of an error that says what does not fit."""
+    lines = str(error).splitlines()
+    return lines[0] if isinstance(error, SetupError) else lines[-1]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description='Fold the perturbations of a checkpoint into its weights')
     parser.add_argument('config', help='config that the checkpoint was trained with')
@@ -48,11 +55,12 @@ def main() -> None:
     model = MODELS.build(cfg.model)
     try:
         checkpoint = load_checkpoint(model, args.checkpoint, map_location='cpu', strict=True)
+        check_settings(model, checkpoint)
     except (UnpicklingError, EOFError) as error:
         raise SetupError(f'{args.checkpoint} is no checkpoint, or a damaged one: {error}',
                          'Give a checkpoint that tools/train.py wrote') from None
     except RuntimeError as error:
-        raise SetupError(f'{args.checkpoint} was not trained with {args.config}: {str(error).splitlines()[-1]:.300}',
+        raise SetupError(f'{args.checkpoint} was not trained with {args.config}: {reason(error):.300}',
                          'Use the config in the work dir of that checkpoint') from None
     args.out.parent.mkdir(parents=True, exist_ok=True)
     meta = {key: value for key, value in checkpoint.get('meta', {}).items() if key != 'cfg'}

@@ -1,6 +1,7 @@
 """The life cycle of an adapted model under MMEngine's Runner."""
+import json
 import re
-from typing import Iterator, Optional, Sequence
+from typing import Any, Dict, Iterator, Optional, Sequence
 
 from mmengine.fileio import load
 from mmengine.hooks import Hook
@@ -24,7 +25,7 @@ class LieRAHook(Hook):
       annotations have the categories of the config. The summary table is logged once.
     - After each training epoch: the largest |Δ|, the share of Δ <= -1 under ``taylor``, zero weights that cannot move.
     - During validation and testing the perturbations are merged into the weights; after it the weights are restored.
-    - A checkpoint to test or resume from must hold the whole model.
+    - A checkpoint to test or resume from must hold the whole model, and have been trained with the same settings.
     """
     # Evaluation starts after, and ends before, the swap of weights by EMAHook and the checkpoint of CheckpointHook.
     priority = 'HIGH'
@@ -68,7 +69,11 @@ class LieRAHook(Hook):
             },
             step=runner.epoch + 1)
 
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        checkpoint['meta']['liera'] = _settings(_unwrap(runner.model))
+
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        check_settings(_unwrap(runner.model), checkpoint)
         starts_training = isinstance(runner._train_loop, BaseLoop) and not runner._resume
         if starts_training:
             return  # load_from may give a part of the model; before_train checks what must be there
@@ -91,6 +96,28 @@ class LieRAHook(Hook):
 
     before_test_iter = before_val_iter
     after_test_epoch = after_val_epoch
+
+
+def check_settings(model: nn.Module, checkpoint: dict) -> None:
+    """Check that a checkpoint's factors mean what they would mean in this model.
+
+    Raises:
+        SetupError: If the checkpoint was trained with another update, rank, alpha or target; names the difference.
+    """
+    theirs, ours = checkpoint.get('meta', {}).get('liera', {}), _settings(model)
+    different = [
+        f'{key} {theirs[name].get(key)!r} there, {ours[name].get(key)!r} here'
+        for name in theirs.keys() & ours.keys() for key in sorted(theirs[name].keys() | ours[name].keys())
+        if theirs[name].get(key) != ours[name].get(key)
+    ]
+    if different:
+        raise SetupError(f'the checkpoint was trained with other liera settings: {"; ".join(different)}',
+                         'Use the config in the work dir of that checkpoint')
+
+
+def _settings(model: nn.Module) -> Dict[str, Dict[str, Any]]:
+    """The arguments of adapt(), by name of the adapted module, in plain types as a file gives them back."""
+    return json.loads(json.dumps({name: module.liera for name, module in model.named_modules() if hasattr(module, 'liera')}))
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
