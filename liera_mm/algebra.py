@@ -39,6 +39,31 @@ def low_rank(a: Tensor, b: Tensor, scale: float, shape: torch.Size) -> Tensor:
     return (b @ a).view(shape) * scale
 
 
+def leading_factors(matrix: Tensor, rank: int) -> Tuple[Tensor, Tensor]:
+    """A = √S Vᵀ and B = U √S of a matrix's leading singular triplets, so that B A is its best approximation of that rank.
+
+    By an eigendecomposition of the smaller Gram matrix in float64, many times faster than a singular value decomposition;
+    on the CPU, where every process of a distributed training finds the same.
+
+    Args:
+        matrix: The matrix, ``(n, m)``.
+        rank: Number of triplets; those with a singular value below 1e-6 of the largest are left out.
+
+    Returns:
+        A, ``(r, m)``, and B, ``(n, r)``, in float64 and on the matrix's device, with r at most ``rank``.
+    """
+    wide = matrix.double().cpu()
+    tall = len(wide) > wide.shape[1]
+    wide = wide.T if tall else wide
+    values, vectors = torch.linalg.eigh(wide @ wide.T)
+    singular = values.flip(0).clamp(min=0).sqrt()
+    r = min(rank, int((singular > 1e-6 * singular[0]).sum()))
+    left = vectors.flip(1)[:, :r] * singular[:r].sqrt()
+    right = wide.T @ left / singular[:r]
+    a, b = (left.T, right) if tall else (right.T, left)
+    return a.to(matrix.device), b.to(matrix.device)
+
+
 class Perturbation(nn.Module):
     """What is learned about one weight; calling it gives Δ, in the shape of the weight and in float32 or better.
 
@@ -113,13 +138,9 @@ class Pissa(LowRank):
     def reset(self, weight: Tensor) -> None:
         if weight.is_meta:
             return
-        matrix = at_least_float32(weight.detach()).reshape(len(self.B), -1)
-        # On the CPU, where every process of a distributed training finds the same triplets
-        u, s, v = (part.to(weight.device) for part in torch.linalg.svd(matrix.cpu(), full_matrices=False))
-        triplets = min(len(s), len(self.A))
-        root = s[:triplets].sqrt()
-        self.A[:triplets] = (root[:, None] * v[:triplets]).to(self.A.dtype)
-        self.B[:, :triplets] = (u[:, :triplets] * root).to(self.B.dtype)
+        matrix = weight.detach().reshape(len(self.B), -1)
+        a, b = (factor.to(self.A.dtype) for factor in leading_factors(matrix, len(self.A)))
+        self.A[:len(a)], self.B[:, :len(a)] = a, b
         self.A0.copy_(self.A)
         self.B0.copy_(self.B)
 

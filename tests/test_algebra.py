@@ -8,7 +8,7 @@ from mmpretrain.models.backbones import ConvNeXt
 from torch import nn
 
 from liera_mm import adapt, summary
-from liera_mm.algebra import METHODS, at_least_float32, factor_shapes, low_rank
+from liera_mm.algebra import METHODS, at_least_float32, factor_shapes, leading_factors, low_rank
 
 LAYERS = [
     nn.Linear(6, 10),
@@ -165,3 +165,32 @@ def test_at_least_float32(dtype, expected):
     tensor = torch.randn(5).to(dtype)
     assert at_least_float32(tensor).dtype == expected
     assert torch.equal(at_least_float32(tensor), tensor.to(expected))
+
+
+@pytest.mark.parametrize('rank', [1, 3, 8])
+@pytest.mark.parametrize('shape', [(6, 10), (10, 6), (6, 6), (1, 9)])
+def test_leading_factors_are_the_best_approximation(shape, rank):
+    matrix = torch.randn(shape)
+    a, b = leading_factors(matrix, rank)
+    u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    r = min(rank, *shape)
+    assert a.shape == (r, shape[1]) and b.shape == (shape[0], r)
+    torch.testing.assert_close(b @ a, u[:, :r] * s[:r] @ v[:r])
+    torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0))
+
+
+def test_leading_factors_leave_out_what_the_matrix_does_not_have():
+    matrix = torch.randn(7, 2) @ torch.randn(2, 5)
+    a, b = leading_factors(matrix, 4)
+    assert len(a) == 2
+    torch.testing.assert_close((b @ a).float(), matrix)
+    assert len(leading_factors(torch.zeros(3, 4), 2)[0]) == 0
+
+
+def test_pissa_starts_at_the_leading_triplets_and_keeps_them():
+    layer = nn.Conv2d(6, 8, 3)
+    adapter = METHODS['pissa'](layer.weight, 1, 2, 2.)
+    matrix = layer.weight.detach().reshape(24, 18)
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    torch.testing.assert_close(adapter.B0 @ adapter.A0, u[:, :6] * s[:6] @ v[:6])
+    assert torch.equal(adapter.A, adapter.A0) and torch.equal(adapter.B, adapter.B0)

@@ -20,7 +20,6 @@ pytestmark = pytest.mark.usefixtures('one_thread', 'on_the_cpu')
 
 DIGITS = Path(__file__).parents[2] / 'configs/digits'
 HOOKS = [dict(type='LieRAHook')]
-CLASSES = 'train_dataloader.dataset.metainfo.classes'
 
 
 @pytest.fixture(scope='module')
