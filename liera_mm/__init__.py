@@ -7,12 +7,15 @@ from . import compat
 compat.install()
 
 from .adapt import adapt, export, merge, summary, unmerge  # noqa: E402
-from .checkpoint import adapter_state_dict, load_adapter, save_adapter  # noqa: E402
+from .adapters import adapter_state_dict, adapters_off, set_adapter  # noqa: E402
+from .checkpoint import load_adapter, save_adapter  # noqa: E402
 from .engine import LieRAHook  # noqa: E402
 from .models import LieRABackbone, LieRAConvNeXt  # noqa: E402
+from .report import layer_reports, range_report  # noqa: E402
 from .version import __version__  # noqa: E402
 
 __all__ = [
-    '__version__', 'LieRABackbone', 'LieRAConvNeXt', 'LieRAHook', 'adapt', 'adapter_state_dict', 'export',
-    'load_adapter', 'merge', 'save_adapter', 'summary', 'unmerge'
+    '__version__', 'LieRABackbone', 'LieRAConvNeXt', 'LieRAHook', 'adapt', 'adapter_state_dict', 'adapters_off',
+    'export', 'layer_reports', 'load_adapter', 'merge', 'range_report', 'save_adapter', 'set_adapter', 'summary',
+    'unmerge'
 ]

@@ -2,7 +2,6 @@
 import contextlib
 import difflib
 import fnmatch
-import math
 import re
 from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Pattern, Sequence, Set, Tuple
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .algebra import METHODS
-from .group import MULTIPLICATIVE, UPDATES
+from .group import UPDATES
 from .layers import AdaptedLayer, adapt_layer, adapted_class
 
 KINDS = ('conv', 'depthwise', 'pointwise', 'linear')
@@ -60,7 +59,8 @@ def adapt(model: nn.Module,
         The same model.
 
     Raises:
-        ValueError: If a setting is unknown or out of range, if targets match no layer, or if the model is adapted already.
+        ValueError: If a setting is unknown or out of range, if targets match no layer, if a weight is not finite, or if
+            the model is adapted already. A rank above a layer's dimensions is none: its Δ then has full rank.
         TypeError: If a matched layer computes with its weight in a way that is not known.
     """
     if any(isinstance(m, AdaptedLayer) for m in model.modules()):
@@ -74,7 +74,7 @@ def adapt(model: nn.Module,
             raise ValueError(f'overrides must be a list of dicts, not {overrides!r}')
         changes = {key: value for key, value in override.items() if key != 'targets'}
         for key in changes:
-            _check_choice('override', key, settings)
+            check_choice('override', key, settings)
         _check_settings({**settings, **changes})
         for name in match_layers({name: layers[name] for name in chosen}, override.get('targets', ())):
             chosen[name].update(changes)
@@ -116,7 +116,7 @@ def match_layers(layers: Dict[str, nn.Module], targets: Sequence[str]) -> List[s
             pattern = _pattern(target)
             names = [name for name, layer in layers.items() if pattern.fullmatch(name) and _holds_kernel(layer)]
         if not names:
-            known = [name for name, layer in layers.items() if layer_kind(layer)]
+            known = [name if layer_kind(layer) else f'{name}.*' for name, layer in layers.items() if name]
             raise ValueError(f'target {target!r} matches no layer{_nearest(target, [*KINDS, *known])}')
         matched.update(names)
     if not matched:
@@ -180,12 +180,17 @@ class Summary(List[SummaryRow]):
             shape = ' x '.join(map(str, row.shape))
             cells.append((row.layer, row.kind, shape, row.method, row.update, str(row.rank or '-'),
                           f'{row.trainable:,}', f'{row.frozen:,}'))
-        widths = [max(map(len, column)) for column in zip(*cells)]
-        lines = ['  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells]
+        lines = table_lines(cells)
         adapters = sum(row.trainable for row in self)
         lines.append(f'{len(self)} adapted layers with {adapters:,} parameters; the whole model trains '
                      f'{self.trainable:,} of {self.total:,} ({self.trainable / max(self.total, 1):.1%})')
         return '\n'.join(lines)
+
+
+def table_lines(rows: Sequence[Sequence[str]]) -> List[str]:
+    """Rows of cells as lines of text, the columns below each other."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ['  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
 
 
 def summary(model: nn.Module) -> Summary:
@@ -252,42 +257,9 @@ def export(model: nn.Module) -> Dict[str, Tensor]:
     return state
 
 
-class RangeReport(NamedTuple):
-    """How far the perturbations of a model have gone.
-
-    Attributes:
-        max_delta: Largest absolute value in any Δ.
-        max_delta_layer: Name of the layer that has it.
-        sign_change_share: Share of the weights under ``taylor`` with Δ <= -1, where the update leaves the group.
-        zero_weights: Number of frozen weights that are zero, which no multiplicative update can move.
-    """
-    max_delta: float
-    max_delta_layer: str
-    sign_change_share: float
-    zero_weights: int
-
-
-@torch.no_grad()
-def range_report(model: nn.Module) -> RangeReport:
-    """The state of every Δ in one report; see :class:`RangeReport`."""
-    largest, where, changed, taylor_weights, zeros = -1.0, '', 0, 0, 0
-    for name, layer in adapted_layers(model):
-        delta = layer.adapter()
-        peak = delta.abs().max().item()
-        if not (peak <= largest or math.isnan(largest)):  # a NaN is the largest of all
-            largest, where = peak, name
-        if layer.update == 'taylor':
-            changed += int((delta <= -1).sum())
-            taylor_weights += delta.numel()
-        if layer.update in MULTIPLICATIVE:
-            weight = layer.unmerged_weight if layer.merged else layer.weight
-            zeros += int((weight == 0).sum())
-    return RangeReport(largest, where, changed / max(taylor_weights, 1), zeros)
-
-
 def _check_settings(settings: Dict[str, Any]) -> None:
-    _check_choice('method', settings['method'], METHODS)
-    _check_choice('update', settings['update'], UPDATES)
+    check_choice('method', settings['method'], METHODS)
+    check_choice('update', settings['update'], UPDATES)
     rank, alpha = settings['rank'], settings['alpha']
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f'rank must be a whole number of at least 1, not {rank!r}')
@@ -295,7 +267,8 @@ def _check_settings(settings: Dict[str, Any]) -> None:
         raise ValueError(f'alpha must be a positive number, not {alpha!r}')
 
 
-def _check_choice(what: str, value: Any, choices: Sequence[str]) -> None:
+def check_choice(what: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise a ValueError, with the nearest of the choices, if a value is none of them."""
     if value not in list(choices):
         raise ValueError(f'unknown {what} {value!r}{_nearest(str(value), choices)}; known: {", ".join(choices)}')
 
@@ -320,6 +293,8 @@ def _check_layers(model: nn.Module, names: Sequence[str]) -> None:
         if weight is None:
             raise TypeError(f'{name}: its weight is computed from other parameters (a parametrization or weight norm); '
                             'remove that first, or choose targets that leave it out')
+        if not weight.is_meta and not torch.isfinite(weight).all():
+            raise ValueError(f'{name}: its weight has values that are not finite; adapt a model with intact weights')
         shared = {owner.rpartition('.')[0] for owner in owners[id(weight)]}
         if len({id(model.get_submodule(owner)) for owner in shared}) > 1:
             raise ValueError(f'{name}: its weight is shared between {", ".join(sorted(shared))}; a perturbation of one '

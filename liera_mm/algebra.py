@@ -4,7 +4,7 @@
 holds the trained tensors; calling it gives Δ in float32 or better, and Δ is exactly zero at start.
 """
 import math
-from typing import Tuple
+from typing import Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +88,10 @@ class Perturbation(nn.Module):
     def reset(self, weight: Tensor) -> None:
         """Compute again what was computed from the frozen weight, since that has changed; for most there is nothing."""
 
+    def factors(self) -> Optional[Tuple[Tensor, Tensor]]:
+        """A and B such that Δ = scale · reshape(B A), in float32 or better; None if Δ is not of that form."""
+        return None
+
     def finish(self, moved: Tensor) -> Tensor:
         """The effective weight, from the weight that the update rule has moved by Δ; for most they are the same."""
         return moved
@@ -116,8 +120,11 @@ class LowRank(Perturbation):
         self.B = nn.Parameter(weight.new_zeros(b_shape))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
+    def factors(self) -> Tuple[Tensor, Tensor]:
+        return at_least_float32(self.A), at_least_float32(self.B)
+
     def forward(self) -> Tensor:
-        return low_rank(at_least_float32(self.A), at_least_float32(self.B), self.scale, self.shape)
+        return low_rank(*self.factors(), self.scale, self.shape)
 
 
 class Pissa(LowRank):
@@ -136,7 +143,7 @@ class Pissa(LowRank):
 
     @torch.no_grad()
     def reset(self, weight: Tensor) -> None:
-        if weight.is_meta:
+        if weight.is_meta or not torch.isfinite(weight).all():  # LieRAHook refuses to train on the latter, by name
             return
         matrix = weight.detach().reshape(len(self.B), -1)
         a, b = (factor.to(self.A.dtype) for factor in leading_factors(matrix, len(self.A)))
@@ -144,10 +151,10 @@ class Pissa(LowRank):
         self.A0.copy_(self.A)
         self.B0.copy_(self.B)
 
-    def forward(self) -> Tensor:
+    def factors(self) -> Tuple[Tensor, Tensor]:
         a, b, a0, b0 = map(at_least_float32, (self.A, self.B, self.A0, self.B0))
-        # B A - B0 A0, written so that it is zero bit for bit at the start
-        return low_rank(a, b - b0, self.scale, self.shape) + low_rank(a - a0, b0, self.scale, self.shape)
+        # B A - B0 A0 as one product, such that it is zero bit for bit at the start
+        return torch.cat([a, a - a0]), torch.cat([b - b0, b0], 1)
 
 
 class Dora(LowRank):
@@ -158,7 +165,7 @@ class Dora(LowRank):
 
     def build(self, weight: Tensor) -> None:
         super().build(weight)
-        self.magnitude = nn.Parameter(torch.empty_like(self.norm(weight)))
+        self.magnitude = nn.Parameter(torch.empty_like(self.norm(at_least_float32(weight))))
         self.reset(weight)
 
     @torch.no_grad()

@@ -3,55 +3,67 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, Dict, Mapping, Set, Union
+from typing import Any, Dict, Mapping, Optional, Union
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from .adapt import intended_parameters
+from .adapters import adapter_state_dict, frozen_names, start_adapter
+from .version import __version__
 
-FORMAT = 'liera_mm-adapter-1'
-
-
-def adapter_state_dict(model: nn.Module) -> Dict[str, Tensor]:
-    """The part of ``model.state_dict()`` that is not frozen: factors, other trained tensors, buffers."""
-    frozen = _frozen_names(model)
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+FORMAT = 'liera_mm-adapter-2'
+FORMAT_1 = 'liera_mm-adapter-1'  # without checksum and version
+NO_CHECKSUM = b'0' * 64
 
 
 def fingerprint(model: nn.Module) -> Dict[str, str]:
     """A short hash of every frozen tensor, by name. Linear and 1x1 forms of the same weight have the same hash."""
-    state, frozen = model.state_dict(), _frozen_names(model)
-    return {name: _digest(state[name]) for name in state if name in frozen}
+    state, frozen = model.state_dict(), frozen_names(model)
+    return {name: digest(state[name]) for name in state if name in frozen}
 
 
-def save_adapter(model: nn.Module, path: Union[str, os.PathLike]) -> None:
+def save_adapter(model: nn.Module, path: Union[str, os.PathLike], dtype: Optional[torch.dtype] = None) -> None:
     """Write :func:`adapter_state_dict` with the configuration and the base's fingerprint in its header.
 
-    The file appears under its name only when it is complete.
+    The file appears under its name only when it is complete, and holds a checksum of every byte in it.
+
+    Args:
+        model: The adapted model, with its base weights in place.
+        path: The safetensors file to write.
+        dtype: Of floating-point tensors in the file, such as ``torch.float16`` for one of half the size; by default
+            that of the model.
+
+    Raises:
+        ValueError: If a tensor has values that are not finite, or not in ``dtype``.
     """
-    path = Path(path)
-    state = adapter_state_dict(model)
-    metadata = dict(format=FORMAT, config=json.dumps(model.liera), fingerprint=json.dumps(fingerprint(model)))
-    # Copies, since a layer can be in the model under two names, and safetensors refuses tensors that share memory
-    tensors = {name: tensor.detach().to('cpu', copy=True).contiguous() for name, tensor in state.items()}
-    partial = path.with_name(path.name + f'.{os.getpid()}.partial')
-    try:
-        save_file(tensors, partial, metadata)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    tensors = {}
+    for name, tensor in adapter_state_dict(model).items():
+        floating = tensor.is_floating_point()
+        # Copies, since a layer can be in the model under two names, and safetensors refuses tensors that share memory
+        tensors[name] = tensor.detach().to('cpu', dtype if floating else None, copy=True).contiguous()
+        if floating and not torch.isfinite(tensors[name]).all():
+            raise ValueError(f'the adapter was not saved: {name} has values that are not finite in {tensors[name].dtype}')
+    metadata = dict(
+        format=FORMAT,
+        version=__version__,
+        config=json.dumps(model.liera),
+        fingerprint=json.dumps(fingerprint(model)))
+    write_atomically(path, seal(tensors, metadata))
 
 
-def load_adapter(model: nn.Module, source: Union[str, os.PathLike, Mapping[str, Tensor]]) -> nn.Module:
+def load_adapter(model: nn.Module,
+                 source: Union[str, os.PathLike, Mapping[str, Tensor]],
+                 name: str = 'default') -> nn.Module:
     """Load an adapter into a model that was adapted in the same way, strictly; on an error nothing has changed.
 
     Args:
         model: The adapted model, with its base weights in place.
         source: A file of :func:`save_adapter`, whose configuration and fingerprint must be the model's, or the tensors
             alone (:func:`adapter_state_dict`).
+        name: What the adapter is called. It becomes the active one; others stay loaded, and
+            :func:`liera_mm.set_adapter` returns to them.
 
     Returns:
         The same model.
@@ -64,39 +76,95 @@ def load_adapter(model: nn.Module, source: Union[str, os.PathLike, Mapping[str, 
     tensors = dict(source) if isinstance(source, Mapping) else _read(model, source)
     missing, unexpected = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
     if missing or unexpected:
-        raise ValueError(f'the adapter does not fit the model: missing {_some(missing)}; unexpected {_some(unexpected)}')
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            raise ValueError(f'the adapter does not fit the model: {name} is {tuple(tensor.shape)}, '
-                             f'the model has {tuple(expected[name].shape)}')
-        if tensor.is_floating_point() != expected[name].is_floating_point():
-            raise ValueError(f'the adapter does not fit the model: {name} is {tensor.dtype}, '
-                             f'the model has {expected[name].dtype}')
+        raise ValueError(f'the adapter does not fit the model: missing {some(missing)}; unexpected {some(unexpected)}')
+    for key, tensor in tensors.items():
+        if tensor.shape != expected[key].shape:
+            raise ValueError(f'the adapter does not fit the model: {key} is {tuple(tensor.shape)}, '
+                             f'the model has {tuple(expected[key].shape)}')
+        if tensor.is_floating_point() != expected[key].is_floating_point():
+            raise ValueError(f'the adapter does not fit the model: {key} is {tensor.dtype}, '
+                             f'the model has {expected[key].dtype}')
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f'the adapter is damaged: {name} has values that are not finite')
+            raise ValueError(f'the adapter is damaged: {key} has values that are not finite')
+    start_adapter(model, name)
     model.load_state_dict(tensors, strict=False)
     return model
 
 
-def _read(model: nn.Module, path: Union[str, os.PathLike]) -> Dict[str, Tensor]:
+def seal(tensors: Dict[str, Tensor], metadata: Dict[str, str]) -> bytes:
+    """A safetensors file whose metadata has a checksum of all of it, computed with zeros in the checksum's place."""
+    data = save(tensors, dict(metadata, checksum=NO_CHECKSUM.decode()))
+    end = 8 + int.from_bytes(data[:8], 'little')
+    header = json.loads(data[8:end])
+    header['__metadata__'] = dict(sorted(header['__metadata__'].items()))  # safetensors has them in random order
+    text = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode()
+    data = data[:8] + text.ljust(end - 8) + data[end:]
+    return data.replace(NO_CHECKSUM, _checksum(data), 1)
+
+
+def write_atomically(path: Union[str, os.PathLike], data: bytes) -> None:
+    """Write a file such that it has its old contents or all of the new ones, whenever the process is killed."""
+    path = Path(path)
+    partial = path.with_name(path.name + f'.{os.getpid()}.partial')
     try:
-        with safe_open(path, framework='pt') as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not iterable
-    except SafetensorError as error:
+        with open(partial, 'wb') as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def digest(tensor: Tensor) -> str:
+    """A short hash of a tensor's values in its dtype; not of its shape."""
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def some(names) -> str:
+    """The first three of some names, and how many more there are."""
+    names = sorted(names)
+    return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '') if names else 'nothing'
+
+
+def _read(model: nn.Module, path: Union[str, os.PathLike]) -> Dict[str, Tensor]:
+    data = Path(path).read_bytes()
+    try:
+        metadata = json.loads(data[8:8 + int.from_bytes(data[:8], 'little')]).get('__metadata__') or {}
+        _check_format(path, data, metadata)
+        tensors = load(data)
+    except (SafetensorError, json.JSONDecodeError, UnicodeError, AttributeError, RecursionError) as error:
         raise ValueError(f'{path} is no adapter file, or a damaged one: {error}') from error
-    if metadata.get('format') != FORMAT:
-        raise ValueError(f'{path} is no adapter file of a known format: {metadata.get("format")!r}, not {FORMAT!r}')
     config, base = (_parse(path, metadata, key) for key in ('config', 'fingerprint'))
     ours, here = json.loads(json.dumps(model.liera)), fingerprint(model)
-    different = [f'{key} {config.get(key)!r}, here {ours.get(key)!r}'
-                 for key in sorted(config.keys() | ours.keys()) if config.get(key) != ours.get(key)]
+    different = differences(config, ours)
     if different:
-        raise ValueError(f'{path} was trained with another configuration: {"; ".join(different)}')
+        raise ValueError(f'{path} was trained with another configuration: {different}')
     different = {name for name in base.keys() | here.keys() if base.get(name) != here.get(name)}
     if different:
-        raise ValueError(f'{path} was trained on other frozen weights: {_some(different)} of {len(base)} tensors differ')
+        raise ValueError(f'{path} was trained on other frozen weights: {some(different)} of {len(base)} tensors differ')
     return tensors
+
+
+def differences(theirs: Dict[str, Any], ours: Dict[str, Any]) -> str:
+    """What is not the same in two configurations: ``rank 2, here 3; ...``; nothing if they are equal."""
+    return '; '.join(f'{key} {theirs.get(key)!r}, here {ours.get(key)!r}' for key in sorted(theirs.keys() | ours.keys())
+                     if theirs.get(key) != ours.get(key))
+
+
+def _check_format(path: Union[str, os.PathLike], data: bytes, metadata: Dict[str, str]) -> None:
+    if metadata.get('format') == FORMAT_1 and metadata.keys() == {'format', 'config', 'fingerprint'}:
+        return
+    if metadata.get('format') != FORMAT:
+        raise ValueError(f'{path} is no adapter file of a known format: {metadata.get("format")!r}, not {FORMAT!r}')
+    checksum = str(metadata.get('checksum')).encode()
+    if _checksum(data.replace(checksum, NO_CHECKSUM, 1)) != checksum:
+        raise ValueError(f'{path} is no adapter file, or a damaged one: its checksum is not that of its contents')
+
+
+def _checksum(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=32).hexdigest().encode()
 
 
 def _parse(path: Union[str, os.PathLike], metadata: Dict[str, str], key: str) -> Dict[str, Any]:
@@ -107,20 +175,3 @@ def _parse(path: Union[str, os.PathLike], metadata: Dict[str, str], key: str) ->
     if not isinstance(value, dict):
         raise ValueError(f'{path} is a damaged adapter file: its {key} cannot be read')
     return value
-
-
-def _frozen_names(model: nn.Module) -> Set[str]:
-    trained = intended_parameters(model)
-    frozen = {id(parameter) for name, parameter in model.named_parameters() if name not in trained}
-    # A layer can be in the model under several names
-    return {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in frozen}
-
-
-def _digest(tensor: Tensor) -> str:
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.blake2b(data, digest_size=8).hexdigest()
-
-
-def _some(names) -> str:
-    names = sorted(names)
-    return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '') if names else 'nothing'

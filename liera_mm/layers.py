@@ -6,14 +6,15 @@ names, and it gains one child, ``adapter``, that holds the trained tensors. So s
 """
 import functools
 import inspect
-from typing import Any, List, Optional, Set, Tuple, Type
+from typing import Any, List, Optional, Sequence, Set, Type
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .algebra import METHODS, at_least_float32
+from .algebra import METHODS, Dora, at_least_float32
 from .group import UPDATES
+from .kernels.weight import moved_weights
 
 
 class AdaptedLayer:
@@ -27,16 +28,15 @@ class AdaptedLayer:
     """
     original_class: Type[nn.Module]
 
-    def effective_weight(self) -> Tensor:
-        """The weight that the layer computes with, in the shape, dtype and memory format of the frozen one.
+    def effective_weight(self, dtype: Optional[torch.dtype] = None) -> Tensor:
+        """The weight that the layer computes with, in the shape and memory format of the frozen one.
 
         The arithmetic is in float32, or in the factors' precision where that is higher, under autocast too.
+
+        Args:
+            dtype: Of the result; by default that of the frozen weight.
         """
-        if self.merged:
-            return self.weight
-        with torch.autocast(self.weight.device.type, enabled=False):
-            effective = self.adapter.finish(UPDATES[self.update](at_least_float32(self.weight), self.adapter()))
-        return _with_strides(effective.to(self.weight.dtype), self.weight.stride())
+        return effective_weights([self], dtype)[0]
 
     @property
     def merged(self) -> bool:
@@ -82,7 +82,7 @@ class AdaptedLayer:
 class _AdaptedConv(AdaptedLayer):
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, self.effective_weight(), self.bias)
+        return self._conv_forward(input, self.effective_weight(autocast_dtype(self.weight)), self.bias)
 
 
 class _AdaptedConvTranspose(AdaptedLayer):
@@ -92,15 +92,16 @@ class _AdaptedConvTranspose(AdaptedLayer):
         output_padding = self._output_padding(input, output_size, self.stride, self.padding, self.kernel_size,
                                               spatial_dims, self.dilation)
         conv_transpose = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[spatial_dims - 1]
-        return conv_transpose(input, self.effective_weight(), self.bias, self.stride, self.padding, output_padding,
-                              self.groups, self.dilation)
+        weight = self.effective_weight(autocast_dtype(self.weight))
+        return conv_transpose(input, weight, self.bias, self.stride, self.padding, output_padding, self.groups,
+                              self.dilation)
 
 
 class AdaptedLinear(AdaptedLayer, nn.Linear):
     original_class = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.effective_weight(), self.bias)
+        return F.linear(input, self.effective_weight(autocast_dtype(self.weight)), self.bias)
 
 
 class AdaptedConv1d(_AdaptedConv, nn.Conv1d):
@@ -159,13 +160,52 @@ def adapted_class(cls: Type[nn.Module]) -> Type[AdaptedLayer]:
     return type(f'Adapted{cls.__name__}', (cls, _ADAPTED[base]), dict(original_class=cls))
 
 
-def _with_strides(tensor: Tensor, strides: Tuple[int, ...]) -> Tensor:
-    """The tensor with the strides asked for, where only those of dimensions of size one differ.
+def effective_weights(layers: Sequence[nn.Module], dtype: Optional[torch.dtype] = None) -> List[Tensor]:
+    """:meth:`AdaptedLayer.effective_weight` of many layers, and the plain weight of those that are not adapted.
 
-    They move no element, but torch tells by them whether a depthwise or 1x1 kernel is in channels-last format.
+    Layers that are alike in shape and settings share every operation: a few launches on a GPU for a whole backbone.
     """
+    weights, groups = {}, {}
+    with torch.autocast(layers[0].weight.device.type, enabled=False):
+        for layer in layers:
+            result = dtype or layer.weight.dtype
+            if not isinstance(layer, AdaptedLayer) or layer.merged:
+                weights[layer] = layer.weight.to(result)
+                continue
+            adapter, factors = layer.adapter, layer.adapter.factors()
+            if factors is None:
+                weights[layer] = UPDATES[layer.update](at_least_float32(layer.weight), adapter())
+                continue
+            if isinstance(adapter, Dora):  # which takes a norm of it
+                result = torch.promote_types(factors[0].dtype, layer.weight.dtype)
+            alike = (layer.weight.shape, layer.weight.dtype, factors[0].shape, layer.update, adapter.scale, result)
+            groups.setdefault(alike, {})[layer] = factors
+        for (*_, update, scale, result), group in groups.items():
+            a, b = zip(*group.values())
+            weights.update(zip(group, moved_weights([layer.weight for layer in group], a, b, scale, update, result)))
+        for layer in layers:
+            if isinstance(layer, AdaptedLayer) and not layer.merged:
+                effective = layer.adapter.finish(weights[layer]).to(dtype or layer.weight.dtype)
+                weights[layer] = _in_format_of(layer.weight, effective)
+    return [weights[layer] for layer in layers]
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which convolutions and linear layers take a tensor here: that of autocast, where it is on."""
+    device = tensor.device.type
+    autocast = tensor.dtype != torch.float64 and device in ('cpu', 'cuda') and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else tensor.dtype
+
+
+def _in_format_of(frozen: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor in the memory format of a frozen weight.
+
+    Strides of dimensions of size one move no element, but torch tells by them whether a depthwise or 1x1 kernel is in
+    channels-last format.
+    """
+    strides = frozen.stride()
     if any(size > 1 and own != other for size, own, other in zip(tensor.shape, tensor.stride(), strides)):
-        return tensor
+        return torch.empty_like(frozen, dtype=tensor.dtype).copy_(tensor)
     return tensor if tensor.stride() == strides else tensor.as_strided(tensor.shape, strides)
 
 

@@ -1,7 +1,12 @@
 """What several test files share: a small network with every kind of layer, and a way to train it without training."""
+import os
+
 import pytest
 import torch
 from torch import nn
+
+if not torch.cuda.is_available():
+    os.environ['TRITON_INTERPRET'] = '1'  # kernels run in Triton's interpreter; it is read when Triton is imported
 
 from liera_mm import compat
 

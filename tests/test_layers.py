@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from liera_mm import adapt, adapter_state_dict, export, load_adapter, merge, save_adapter, unmerge
 from liera_mm.algebra import METHODS
 from liera_mm.group import UPDATES
-from liera_mm.layers import adapted_class
+from liera_mm.layers import adapt_layer, adapted_class
 
 RANK, ALPHA = 2, 3
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -403,6 +403,15 @@ def test_other_precisions(case, dtype):
 
     output.sum().backward()
     assert all(p.grad.dtype == dtype and p.grad.isfinite().all() for p in trained(layer))
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('update', UPDATES)
+@pytest.mark.parametrize('method', METHODS)
+def test_starts_as_it_was_in_half_precision(method, update, dtype):
+    layer = nn.Linear(64, 64, dtype=dtype)
+    adapt_layer(layer, method, update, rank=4, alpha=8)
+    assert torch.equal(layer.effective_weight(), layer.weight)
 
 
 @all_cases()

@@ -21,6 +21,9 @@ model = dict(
         gap_before_final_norm=False,
         init_cfg=dict(type='Pretrained', checkpoint=checkpoint, prefix='backbone.')),
     neck=dict(in_channels=[128, 256, 512, 1024]),
+    data_preprocessor=dict(type='DeviceMaskPreprocessor', non_blocking=True),
+    train_cfg=dict(
+        rpn=dict(sampler=dict(type='DeviceRandomSampler')), rcnn=dict(sampler=dict(type='DeviceRandomSampler'))),
     test_cfg=dict(rpn=dict(nms=dict(type='nms')), rcnn=dict(nms=dict(type='soft_nms'))))
 
 # Large-scale jitter
@@ -38,7 +41,7 @@ train_pipeline = [
     dict(type='RandomFlip', prob=0.5),
     dict(type='PackDetInputs')
 ]
-train_dataloader = dict(batch_size=4, num_workers=8, dataset=dict(pipeline=train_pipeline))
+train_dataloader = dict(batch_size=4, num_workers=8, pin_memory=True, dataset=dict(pipeline=train_pipeline))
 auto_scale_lr = dict(base_batch_size=32)  # 8 GPUs x 4 images
 
 optim_wrapper = dict(
@@ -47,12 +50,15 @@ optim_wrapper = dict(
     constructor='LearningRateDecayOptimizerConstructor',
     # the paper gives no layer-wise decay; this is MMDetection's for this backbone
     paramwise_cfg=dict(decay_rate=0.95, decay_type='layer_wise', num_layers=12),
-    optimizer=dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05))
+    optimizer=dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05, fused=True))
 
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=1000),
     dict(type='MultiStepLR', begin=0, end=12, by_epoch=True, milestones=[8, 11], gamma=0.1)
 ]
+
+# Gradients lie in the buckets that are all-reduced. No buffer changes in training, so none is broadcast
+model_wrapper_cfg = dict(type='MMDistributedDataParallel', broadcast_buffers=False, gradient_as_bucket_view=True)
 
 default_hooks = dict(checkpoint=dict(max_keep_ckpts=1))
 custom_hooks = [dict(type='LieRAHook')]

@@ -1,27 +1,14 @@
-"""Backbones with adapted layers, for MMEngine's registry."""
+"""Any backbone with adapted layers, for MMEngine's registry."""
 import functools
+import inspect
 from typing import Any, Dict, Optional, Type
 
 from mmengine.registry import MODELS
-from mmpretrain.models.backbones import ConvNeXt
 from torch import nn
 
-from ..adapt import adapt
+from ..adapt import adapt, check_choice
+from ..errors import SetupError
 from .pretrained import PretrainedBackbone
-
-
-@MODELS.register_module()
-class LieRAConvNeXt(PretrainedBackbone, ConvNeXt):
-    """ConvNeXt v1 or v2, frozen and adapted.
-
-    Args:
-        liera: Arguments of :func:`liera_mm.adapt`; None for a backbone that is frozen and nothing else.
-        **kwargs: Arguments of mmpretrain's ``ConvNeXt``.
-    """
-
-    def __init__(self, liera: Optional[Dict[str, Any]] = None, **kwargs):
-        super().__init__(**kwargs)
-        _adapt_or_freeze(self, liera)
 
 
 @MODELS.register_module()
@@ -37,15 +24,26 @@ def LieRABackbone(backbone: Dict[str, Any], liera: Optional[Dict[str, Any]] = No
     """
     model = MODELS.build(backbone)
     model.__class__ = _pretrained_class(type(model))
-    _adapt_or_freeze(model, liera)
+    adapt_or_freeze(model, liera)
     return model
 
 
-def _adapt_or_freeze(model: nn.Module, liera: Optional[Dict[str, Any]]) -> None:
+def adapt_or_freeze(model: nn.Module, liera: Optional[Dict[str, Any]]) -> None:
+    """Adapt with those arguments of :func:`liera_mm.adapt`; with None, freeze and nothing else.
+
+    Raises:
+        SetupError: If adapt() refuses them, or has no argument of that name.
+    """
     if liera is None:
         model.requires_grad_(False)
-    else:
+        return
+    try:
+        for name in liera:
+            check_choice('setting', name, [*inspect.signature(adapt).parameters][1:])
         adapt(model, **liera)
+    except (ValueError, TypeError) as error:
+        raise SetupError(f'The backbone cannot be adapted as its liera=dict(...) says: {error}',
+                         'Correct it in the config, or with --cfg-options model.backbone.liera.NAME=VALUE') from None
 
 
 @functools.cache

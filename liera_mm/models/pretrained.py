@@ -1,18 +1,40 @@
 """Backbones whose frozen weights must come from somewhere, and loaders for where they come from."""
+import json
 import re
 from importlib import resources
-from typing import Dict, Set
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
+import torch
+from mmengine.config import ConfigDict
+from mmengine.model import BaseModule, PretrainedInit
 from mmengine.runner.checkpoint import CheckpointLoader
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..adapt import without_adapters
+from ..checkpoint import differences, digest, some
 from ..errors import SetupError
+from ..version import __version__
 
 # The norms that detection puts behind every stage; classification checkpoints don't have them, and at their initial ones
 # and zeros the lateral convolutions of the neck make up for what a trained scale would do.
 OUTPUT_NORM = re.compile(r'norm\d+\.(weight|bias)')
+
+
+# In a state dict, the entry of a backbone's record: a tensor, since EMAHook and others take every entry for one
+RECORD = 'liera_record'
+
+
+class Base(NamedTuple):
+    """Frozen weights that can be had again.
+
+    Attributes:
+        source: ``checkpoint`` and ``prefix`` as of MMEngine's ``Pretrained``, and the ``option`` of the config that gave
+            them: ``init_cfg`` or ``load_from``.
+        fingerprint: A short hash of every frozen tensor that came from there, by name.
+    """
+    source: Dict[str, Optional[str]]
+    fingerprint: Dict[str, str]
 
 
 class PretrainedBackbone:
@@ -20,8 +42,13 @@ class PretrainedBackbone:
 
     MMEngine only logs a pretrained weight that does not fit, and never loads any when testing; frozen weights that stay
     random would make everything trained on top of them worthless.
+
+    A state dict need not have the frozen weights. Where it has a record of them instead (:meth:`record`), they are
+    fetched from where they came from, checked, and loaded together with the rest, whoever loads it.
     """
     loaded: Set[str] = frozenset()
+    base: Optional[Base] = None
+    fetching: Tuple[Dict[str, Optional[str]], ...] = ()
 
     def init_weights(self) -> None:
         """Initialise, then load the pretrained weights of ``init_cfg``.
@@ -31,10 +58,42 @@ class PretrainedBackbone:
         """
         with without_adapters(self):
             super().init_weights()
-        init_cfgs = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg or {}]
-        source = next((cfg['checkpoint'] for cfg in init_cfgs if cfg.get('type') == 'Pretrained'), None)
+        source = self._configured_source()
         if source is not None:
-            self.check_base(f'{source} does not fit {type(self).__name__}')
+            self.check_base(f'{source["checkpoint"]} does not fit {type(self).__name__}')
+            self.set_base(source, self.loaded)
+
+    def set_base(self, source: Dict[str, Optional[str]], names: Set[str]) -> None:
+        """Remember that the frozen tensors of those names came from that source; see :class:`Base`."""
+        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        state = self.state_dict()
+        self.base = Base(source, {name: digest(state[name]) for name in state if name in frozen & names})
+
+    def base_in_place(self) -> bool:
+        """Whether the frozen tensors that came from the source of :attr:`base` are still those."""
+        return self.base is not None and not self._other_tensors(self.base.fingerprint)
+
+    def record(self, states: Sequence[Dict[str, Tensor]]) -> Dict[str, Any]:
+        """What a checkpoint says about this backbone, in plain types: settings, and what its state dicts may leave out.
+
+        Args:
+            states: State dicts of this backbone. A tensor may be left out if all of them have the one of its source.
+        """
+        base = self.base or Base({}, {})
+        same = {name: value for name, value in base.fingerprint.items()
+                if all(digest(state[name]) == value for state in states)}
+        return dict(version=__version__, liera=self._settings(), source=base.source, fingerprint=same)
+
+    def check_settings(self, record: Dict[str, Any]) -> None:
+        """Check that a checkpoint's factors mean what they would mean in this backbone.
+
+        Raises:
+            SetupError: If they were trained with another update, rank, alpha or target; names the difference.
+        """
+        different = differences(record['liera'] or {}, self._settings() or {})
+        if different:
+            raise SetupError(f'the checkpoint was trained with other liera settings: {different}',
+                             'Use the config in the work dir of that checkpoint')
 
     def check_base(self, what: str) -> None:
         """Raise a SetupError that begins with ``what`` if a frozen weight or a norm's statistics were never loaded."""
@@ -55,6 +114,13 @@ class PretrainedBackbone:
         return self
 
     def _load_from_state_dict(self, state_dict: Dict[str, Tensor], prefix: str, *args, **kwargs) -> None:
+        if prefix + RECORD in state_dict:
+            record = decode_record(state_dict.pop(prefix + RECORD))
+            self.check_settings(record)
+            if record['fingerprint']:
+                self._fetch_base(record['source'], record['fingerprint'])
+                ours = self.state_dict()
+                state_dict.update({prefix + name: ours[name] for name in record['fingerprint']})
         for name, ours in self.state_dict().items():
             theirs = state_dict.get(prefix + name)
             if theirs is None:
@@ -64,6 +130,79 @@ class PretrainedBackbone:
             if theirs.shape == ours.shape:
                 self.loaded = self.loaded | {name}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _settings(self) -> Optional[Dict[str, Any]]:
+        """The arguments of adapt(), in plain types as a file gives them back; None if there are no adapters."""
+        return json.loads(json.dumps(getattr(self, 'liera', None)))
+
+    def _configured_source(self) -> Optional[Dict[str, Optional[str]]]:
+        init_cfgs = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg or {}]
+        return next((dict(option='init_cfg', checkpoint=cfg['checkpoint'], prefix=cfg.get('prefix'))
+                     for cfg in init_cfgs if cfg.get('type') == 'Pretrained'), None)
+
+    def _fetch_base(self, recorded: Dict[str, Optional[str]], fingerprint: Dict[str, str]) -> None:
+        """Have the frozen weights that a checkpoint was trained on: those in place, or loaded as they were for training.
+
+        Raises:
+            SetupError: If they cannot be had from where they were; or if others are there, naming those that differ.
+        """
+        if not self._other_tensors(fingerprint):
+            return
+        if recorded in self.fetching:
+            raise SetupError(f'{recorded["checkpoint"]} leaves out frozen weights, and names itself as their source.',
+                             'It was overwritten by the training that started from it: put the file of that time there')
+        configured = self._configured_source()
+        if configured is None:  # taken out by mmdet's init_detector, for instance
+            sources = [recorded]
+        else:  # the weights of load_from had replaced those of the config
+            sources = [configured] if recorded['option'] == 'init_cfg' else [recorded, configured]
+        problems: List[str] = []
+        for source in sources:
+            try:
+                self.fetching += (recorded, )
+                self._load_base(source)
+            except (OSError, RuntimeError, AssertionError, KeyError, ValueError) as error:
+                problems.append(f'{source["checkpoint"]} cannot be loaded ({str(error).splitlines()[0]:.200})')
+                continue
+            finally:
+                self.fetching = self.fetching[:-1]
+            different = self._other_tensors(fingerprint)
+            if not different:
+                self.base = Base(source, fingerprint)
+                return
+            problems.append(f'{source["checkpoint"]} has others: {some(different)} of {len(fingerprint)} tensors differ')
+        key = 'model.backbone.backbone' if hasattr(type(self), 'original_class') else 'model.backbone'
+        raise SetupError(
+            f'the checkpoint was trained on frozen weights that are not there: {"; ".join(problems)}.',
+            f'Say where they are with --cfg-options {key}.init_cfg.type=Pretrained {key}.init_cfg.checkpoint=FILE '
+            f'{key}.init_cfg.prefix=PREFIX (backbone. if FILE is a whole detector)')
+
+    def _load_base(self, source: Dict[str, Optional[str]]) -> None:
+        cfg = dict(checkpoint=source['checkpoint'], prefix=source['prefix'])
+        with without_adapters(self):
+            initialise = super().init_weights
+            if source['option'] == 'load_from' or initialise.__func__ is BaseModule.init_weights:
+                PretrainedInit(**cfg)(self)
+            else:  # converts the weights in its own way
+                self.init_cfg, self.is_init = ConfigDict(type='Pretrained', **cfg), False
+                initialise()
+
+    def _other_tensors(self, fingerprint: Dict[str, str]) -> Set[str]:
+        ours = self.state_dict()
+        return {name for name, value in fingerprint.items() if name not in ours or digest(ours[name]) != value}
+
+
+def pretrained_backbones(model: nn.Module) -> Iterator[Tuple[str, PretrainedBackbone]]:
+    """Name and backbone of every :class:`PretrainedBackbone` in a model."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, PretrainedBackbone))
+
+
+def encode_record(record: Dict[str, Any]) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
+
+
+def decode_record(tensor: Tensor) -> Dict[str, Any]:
+    return json.loads(bytes(tensor.tolist()))
 
 
 @CheckpointLoader.register_scheme(prefixes=r'.*\.safetensors$')

@@ -15,6 +15,7 @@ from torch import nn
 
 import liera_mm
 from liera_mm.adapt import adapted_layers
+from liera_mm.errors import SetupError
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -82,6 +83,7 @@ def test_starts_as_the_original(case, scope, picture):
     ours, plain = build(dict(ours, liera=LIERA), scope), build(plain, scope)
     for model in (ours, plain):
         model.eval()  # mmpretrain's returns None
+    ours.fast = False  # equal only to rounding: test_convnext.py
     assert isinstance(ours, cls) and cls.__name__ in type(ours).__name__
     state = ours.state_dict()
     base = {name: tensor for name, tensor in state.items() if '.adapter.' not in name}
@@ -178,13 +180,13 @@ def test_layerwise_learning_rates(name, decay_type):
 
 
 @pytest.mark.parametrize('name', ['convnext-v2', 'around-resnet'])
-@pytest.mark.parametrize('liera, error, message', [
-    (dict(rank=0), ValueError, 'rank must be a whole number of at least 1, not 0'),
-    (dict(method='loha'), ValueError, "unknown method 'loha'.*known: lora"),
-    (dict(update='tailor'), ValueError, "unknown update 'tailor'; did you mean 'taylor'"),
-    (dict(targets=['depthwize']), ValueError, "'depthwize' matches no layer; did you mean 'depthwise'"),
-    (dict(ranks=3), TypeError, "unexpected keyword argument 'ranks'"),
+@pytest.mark.parametrize('liera, message', [
+    (dict(rank=0), 'rank must be a whole number of at least 1, not 0'),
+    (dict(method='loha'), "unknown method 'loha'.*known: lora"),
+    (dict(update='tailor'), "unknown update 'tailor'; did you mean 'taylor'"),
+    (dict(targets=['depthwize']), "'depthwize' matches no layer; did you mean 'depthwise'"),
+    (dict(ranks=3), "unknown setting 'ranks'; did you mean 'rank'"),
 ])
-def test_bad_settings(name, liera, error, message):
-    with pytest.raises(error, match=message):
+def test_bad_settings(name, liera, message):
+    with pytest.raises(SetupError, match=message):
         build(dict(CASES[name][1], liera=liera))

@@ -173,6 +173,7 @@ def test_starts_as_the_pretrained_network(tmp_path, method, update):
         plain = MODELS.build(CONVNEXT)
     plain.load_state_dict(split(model)[0])
     plain.eval()
+    model.fast = False  # equal only to rounding: test_convnext.py
     picture = torch.randn(1, 3, 64, 64)
     for ours, theirs in zip(model.eval()(picture), plain(picture)):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)

@@ -1,0 +1,121 @@
+"""The way back: from weights that were trained or merged to the adapter that comes nearest to them."""
+import copy
+from typing import Dict, List, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .adapt import adapted_layers, unmerge
+from .adapters import frozen_names
+from .algebra import Dense, Dora, LowRank, Pissa, leading_factors
+from .group import INVERSES, MULTIPLICATIVE
+from .layers import AdaptedLayer
+
+
+class Fit(NamedTuple):
+    """How near an adapter comes to one tensor of other weights, in Euclidean norms.
+
+    Attributes:
+        name: Of the tensor.
+        change: ``‖W' - W‖``: from the frozen tensor to the other.
+        left: ``‖W' - effective weight‖``: from the adapter's to the other.
+    """
+    name: str
+    change: float
+    left: float
+
+    @property
+    def residual(self) -> float:
+        """Share of the change that is left: 0 where the adapter has it all, 1 where it has nothing."""
+        return self.left / self.change if self.change else 0.
+
+
+def extract(model: nn.Module, weights: Dict[str, Tensor], steps: int = 200) -> List[Fit]:
+    """Give an adapted model the perturbations that bring it nearest to other weights.
+
+    Low-rank factors begin at the leading singular triplets of the Δ between the two weights, found where that is well
+    conditioned, and L-BFGS minimises ``‖W' - effective weight‖`` from there, in float64. With ``additive`` and ``lora`` the
+    beginning is the best there is.
+
+    Args:
+        model: The adapted model, with its base weights in place.
+        weights: A plain state dict with the keys that the model had before it was adapted.
+        steps: Steps of L-BFGS for each layer, at most.
+
+    Returns:
+        A :class:`Fit` for every adapted layer, and for every frozen tensor that differs and that nothing can bring nearer.
+
+    Raises:
+        ValueError: If ``weights`` lacks a tensor, or has one of another shape.
+    """
+    unmerge(model)
+    ours = model.state_dict()
+    theirs = {}
+    for name, tensor in ours.items():
+        if '.adapter.' in f'.{name}':
+            continue
+        if name not in weights:
+            raise ValueError(f'the weights lack {name}')
+        if weights[name].squeeze().shape != tensor.squeeze().shape:  # Linear and 1x1 forms of one layer are the same
+            raise ValueError(f'the shape of {name} is {tuple(weights[name].shape)} in the weights, {tuple(tensor.shape)} in '
+                             'this model')
+        theirs[name] = weights[name].to(tensor).reshape(tensor.shape)
+    fits, fitted, frozen = [], set(), frozen_names(model)
+    for name, layer in adapted_layers(model):
+        name = f'{name}.weight' if name else 'weight'
+        fit_layer(layer, theirs[name], steps)
+        fitted.add(name)
+        fits.append(_fit(name, layer.weight, theirs[name], layer.effective_weight()))
+    for name in theirs.keys() - fitted:
+        if name not in frozen:
+            ours[name].copy_(theirs[name])
+        elif not torch.equal(ours[name], theirs[name]):
+            fits.append(_fit(name, ours[name], theirs[name], ours[name]))
+    return fits
+
+
+def fit_layer(layer: AdaptedLayer, target: Tensor, steps: int) -> None:
+    """Set the adapter of one layer such that its effective weight is as near to ``target`` as it can be."""
+    exact = copy.deepcopy(layer).double()  # rounding would drown small changes
+    weight, target, adapter = exact.weight.detach(), target.double(), exact.adapter
+    change = (target - weight).norm()
+    with torch.no_grad():
+        if isinstance(adapter, Dense):
+            adapter.delta.copy_(INVERSES[layer.update](weight, target))
+        elif isinstance(adapter, LowRank):
+            _start(adapter, layer.update, weight, target)
+    if change > 0 and not isinstance(adapter, Dense):
+        optimizer = torch.optim.LBFGS(adapter.parameters(), max_iter=steps, tolerance_grad=1e-9, tolerance_change=1e-12,
+                                      history_size=20, line_search_fn='strong_wolfe')
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            value = ((exact.effective_weight() - target) / change).square().sum()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+    with torch.no_grad():
+        for ours, found in zip(layer.adapter.parameters(), adapter.parameters()):
+            ours.copy_(found)
+
+
+def _start(adapter: LowRank, update: str, weight: Tensor, target: Tensor) -> None:
+    if update in MULTIPLICATIVE:
+        # Δ of the Taylor form, but near zero where the weight is: there a large Δ would gain little
+        delta = weight * (target - weight) / (weight.square() + weight.square().mean())
+    else:
+        delta = INVERSES[update](weight, target)
+    product = (delta / adapter.scale).reshape(len(adapter.B), -1)
+    if isinstance(adapter, Pissa):
+        product = product + adapter.B0 @ adapter.A0
+    a, b = leading_factors(product, len(adapter.A))
+    adapter.A.zero_()[:len(a)] = a
+    adapter.B.zero_()[:, :len(a)] = b
+    if isinstance(adapter, Dora):
+        adapter.magnitude.copy_(adapter.norm(target))
+
+
+def _fit(name: str, before: Tensor, target: Tensor, after: Tensor) -> Fit:
+    before, target, after = (tensor.detach().double() for tensor in (before, target, after))
+    return Fit(name, (target - before).norm().item(), (target - after).norm().item())

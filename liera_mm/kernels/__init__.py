@@ -1,0 +1,17 @@
+"""Fused operators: autograd functions over Triton kernels on CUDA, and over the same operators in plain torch elsewhere."""
+import importlib.util
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+HAS_TRITON = importlib.util.find_spec('triton') is not None
+
+
+def ops_for(*tensors: Tensor) -> ModuleType:
+    """The module of operators for these tensors: ``triton_ops`` or ``torch_ops``."""
+    if HAS_TRITON and all(t.is_cuda and t.dtype in (torch.float16, torch.bfloat16, torch.float32) for t in tensors):
+        from . import triton_ops as ops
+    else:
+        from . import torch_ops as ops
+    return ops

@@ -1,0 +1,83 @@
+"""Masks on a device are those of MMDetection, for everything that a detector does with them in training."""
+import copy
+
+import numpy as np
+import pytest
+import torch
+from mmdet.models.data_preprocessors import DetDataPreprocessor
+from mmdet.structures import DetDataSample
+from mmdet.structures.mask import BitmapMasks, mask_target
+from mmengine.config import ConfigDict
+from mmengine.structures import InstanceData
+
+from liera_mm.models.masks import DeviceMaskPreprocessor, DeviceMasks
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+DEVICES = ['cpu', pytest.param('cuda', marks=needs_cuda)]
+
+
+@pytest.fixture
+def masks():
+    return BitmapMasks(np.random.RandomState(0).randint(0, 2, (5, 40, 50), dtype=np.uint8), 40, 50)
+
+
+@pytest.fixture(params=DEVICES)
+def ours(request, masks):
+    return DeviceMasks(torch.from_numpy(masks.masks).to(request.param))
+
+
+def test_size_and_contents(ours, masks):
+    assert (len(ours), ours.height, ours.width) == (5, 40, 50)
+    assert np.array_equal(ours.to_ndarray(), masks.masks)
+    assert torch.equal(ours.to_tensor(torch.float32, 'cpu'), masks.to_tensor(torch.float32, 'cpu'))
+
+
+@pytest.mark.parametrize('index', [2, [0, 3], slice(1, 4), np.array([True, False, True, False, False])], ids=str)
+def test_index(ours, masks, index):
+    assert np.array_equal(ours[index].to_ndarray(), masks[index].masks)
+
+
+@pytest.mark.parametrize('value', [0, 1])
+def test_pad(ours, masks, value):
+    padded = ours.pad((64, 50), value)
+    assert (padded.height, padded.width) == (64, 50)
+    assert np.array_equal(padded.to_ndarray(), masks.pad((64, 50), value).masks)
+    assert ours.pad((40, 50)) is ours
+
+
+def test_copies_share_the_masks(ours):
+    assert copy.deepcopy(InstanceData(masks=ours)).masks.masks is ours.masks
+
+
+@pytest.mark.parametrize('soft', [False, True])
+def test_targets_of_the_mask_head(ours, masks, soft):
+    device = ours.masks.device
+    corners = torch.rand(12, 2, 2, device=device) * torch.tensor([50, 40], device=device)
+    boxes = torch.cat([corners.amin(1), corners.amax(1) + 1], 1)
+    inds = torch.randint(0, 5, (12, ), device=device)
+    cfg = ConfigDict(mask_size=14, soft_mask_target=soft)
+    expected, actual = (mask_target([boxes], [inds], [m], cfg) for m in (masks, ours))
+    assert actual.device == device
+    torch.testing.assert_close(actual, expected)
+
+
+def test_targets_without_masks():
+    none = DeviceMasks(torch.empty(0, 40, 50, dtype=torch.uint8))
+    assert len(none.crop_and_resize(np.empty((0, 4)), (14, 14), np.empty(0, dtype=int))) == 0
+
+
+def test_preprocessor():
+    settings = dict(mean=[1.] * 3, std=[2.] * 3, pad_size_divisor=32, pad_mask=True)
+    random = np.random.RandomState(0)
+    data = dict(inputs=[], data_samples=[])
+    for instances, height, width in ((2, 40, 50), (0, 64, 33)):
+        data['inputs'].append(torch.from_numpy(random.randint(0, 256, (3, height, width), dtype=np.uint8)))
+        bitmap = BitmapMasks(random.randint(0, 2, (instances, height, width), dtype=np.uint8), height, width)
+        data['data_samples'].append(DetDataSample(gt_instances=InstanceData(masks=bitmap, labels=torch.zeros(instances))))
+    results = [preprocessor(**settings)(copy.deepcopy(data), training=True)
+               for preprocessor in (DetDataPreprocessor, DeviceMaskPreprocessor)]
+    assert torch.equal(results[0]['inputs'], results[1]['inputs'])
+    for theirs, ours in zip(*(result['data_samples'] for result in results)):
+        assert type(ours.gt_instances.masks) is DeviceMasks
+        assert np.array_equal(ours.gt_instances.masks.to_ndarray(), theirs.gt_instances.masks.masks)
+        assert ours.metainfo == theirs.metainfo

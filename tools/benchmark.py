@@ -1,0 +1,395 @@
+"""Time and memory of a training step of Mask R-CNN with ConvNeXt-V2, for ways to train its backbone.
+
+All variants stay on the card, and take turns within one process: ratios between them are of one run, on one machine. Random
+weights and synthetic images, boxes and masks; the config's optimizer and mixed precision.
+"""
+import argparse
+import copy
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any, Callable, Dict, List
+
+import liera_mm
+from liera_mm.models import LieRAConvNeXt
+
+# isort: split
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from mmdet.structures import DetDataSample
+from mmdet.structures.mask import BitmapMasks
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, DefaultScope
+from mmengine.structures import InstanceData
+from torch import Tensor, nn
+
+from liera_mm.adapt import layer_kind
+from liera_mm.algebra import factor_shapes
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / 'configs/mask-rcnn_convnextv2-b_liera_r16.py'
+PARTS = ('data', 'backbone', 'rest', 'backward', 'optimizer')
+SWEEPS = dict(
+    images=[1, 2, 4, 8], size=[512, 768, 1024, 1344], rank=[2, 8, 16, 32, 64], arch=['tiny', 'base', 'large', 'huge'])
+
+
+class LoralibLinear(nn.Module):
+    """Microsoft's loralib on a linear layer: the update as a second branch."""
+
+    def __init__(self, layer: nn.Linear, rank: int, scale: float):
+        super().__init__()
+        self.layer, self.scale = layer, scale
+        self.A = nn.Parameter(.01 * torch.randn(rank, layer.in_features))
+        self.B = nn.Parameter(torch.zeros(layer.out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + (x @ self.A.T @ self.B.T) * self.scale
+
+
+class LoralibConv(nn.Module):
+    """Microsoft's loralib on a convolution: the update added to the weight, by plain autograd."""
+
+    def __init__(self, layer: nn.Conv2d, rank: int, scale: float):
+        super().__init__()
+        self.layer, self.scale = layer, scale
+        a, b = factor_shapes(layer.weight.shape, layer.groups, rank)
+        self.A, self.B = nn.Parameter(.01 * torch.randn(a)), nn.Parameter(torch.zeros(b))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.layer.weight + (self.B @ self.A).view(self.layer.weight.shape) * self.scale
+        return self.layer._conv_forward(x, weight, self.layer.bias)
+
+
+def loralib(backbone: nn.Module, rank: int) -> None:
+    for name, layer in list(backbone.named_modules()):
+        if layer_kind(layer):
+            wrapper = LoralibLinear if isinstance(layer, nn.Linear) else LoralibConv
+            parent, _, child = name.rpartition('.')
+            setattr(backbone.get_submodule(parent), child, wrapper(layer, rank, 2.))
+
+
+def hf_peft(backbone: nn.Module, rank: int) -> None:
+    """LoRA of Hugging Face's PEFT on the layers that it takes; the others stay frozen."""
+    from peft import LoraConfig, inject_adapter_in_model
+    names = {name: layer_kind(layer) for name, layer in backbone.named_modules() if layer_kind(layer)}
+    try:
+        inject_adapter_in_model(LoraConfig(r=rank, target_modules=list(names)), copy.deepcopy(backbone))
+    except ValueError as error:
+        print(f'PEFT refuses the depthwise convolutions, which stay frozen in its row: {error}')
+        names = [name for name, kind in names.items() if kind != 'depthwise']
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(names)), backbone)
+
+
+# What each changes in the backbone's config. Beside that: its update rule, whether all of it trains, what replaces its
+# layers, and whether the rest is as MMDetection has it (stock), without what our base config sets for speed.
+VARIANTS: Dict[str, Dict[str, Any]] = {
+    'full': dict(stock=True, fast=False, trainable=True),
+    'frozen': dict(stock=True, fast=False),
+    'lora loralib': dict(stock=True, fast=False, replace=loralib),
+    'lora peft': dict(stock=True, fast=False, replace=hf_peft),
+    'liera': dict(stock=True, fast=False, update='taylor'),
+    'liera exp': dict(stock=True, fast=False, update='exp'),
+    'liera config': dict(fast=False, update='taylor'),
+    'full fast': dict(trainable=True),
+    'frozen fast': dict(),
+    'lora fast': dict(update='additive'),
+    'liera fast': dict(update='taylor'),
+    'liera exp fast': dict(update='exp'),
+    'liera fast with_cp': dict(update='taylor', with_cp=True),
+}
+
+
+class Variant:
+    """A detector and its optimizer on the card, and what was measured of its training steps.
+
+    Attributes:
+        times (list[dict]): Milliseconds of the parts of every timed step.
+        losses (list[float]): Loss of every timed step.
+        peak (int): Most bytes allocated during a step, without those of other variants.
+    """
+
+    def __init__(self, name: str, arch: str, rank: int):
+        self.name, self.times, self.losses, self.peak = name, [], [], 0
+        others = torch.cuda.memory_allocated()
+        torch.manual_seed(0)
+        self.model, self.optimizer = build(name, arch, rank)
+        self.model.backbone.register_forward_hook(lambda *_: self._mark('backbone'))
+        self.resident = torch.cuda.memory_allocated() - others
+
+    def step(self, data: Dict[str, Any]) -> None:
+        data = copy.deepcopy(data)  # preprocessing changes it
+        if not VARIANTS[self.name].get('stock'):  # as the config's dataloader does
+            data['inputs'] = [image.pin_memory() for image in data['inputs']]
+        torch.cuda.synchronize()
+        others = torch.cuda.memory_allocated() - self.resident
+        torch.cuda.reset_peak_memory_stats()
+        self.marks = {}
+        self._mark('start')
+        inputs = self.model.data_preprocessor(data, training=True)
+        self._mark('data')
+        with self.optimizer.optim_context(self.model):
+            losses = self.model(**inputs, mode='loss')
+        loss, _ = self.model.parse_losses(losses)
+        self._mark('rest')
+        self.optimizer.backward(loss)
+        self._mark('backward')
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._mark('optimizer')
+        torch.cuda.synchronize()
+        times = [self.marks[part] for part in ('start', *PARTS)]
+        self.times.append({part: a.elapsed_time(b) for part, a, b in zip(PARTS, times, times[1:])})
+        self.losses.append(loss.item())
+        self.peak = max(self.peak, torch.cuda.max_memory_allocated() - others)
+        del inputs, losses, loss
+        self.resident = torch.cuda.memory_allocated() - others
+
+    def _mark(self, part: str) -> None:
+        self.marks[part] = torch.cuda.Event(enable_timing=True)
+        self.marks[part].record()
+
+    def row(self) -> Dict[str, Any]:
+        """The figures of the table: medians in ms, quartiles of the whole step, sizes in GiB, MiB and millions."""
+        totals = [sum(step.values()) for step in self.times]
+        low, _, high = statistics.quantiles(totals, n=4)
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        frozen = {id(p) for p in self.model.parameters() if not p.requires_grad}
+        saved = [t for t in self.model.state_dict(keep_vars=True).values() if id(t) not in frozen]
+        return dict(
+            variant=self.name,
+            ms=statistics.median(totals),
+            quartiles=[low, high],
+            **{part: statistics.median(step[part] for step in self.times) for part in PARTS},
+            peak_gib=self.peak / 2**30,
+            trainable_m=sum(p.numel() for p in trainable) / 1e6,
+            checkpoint_mib=sum(t.numel() * t.element_size() for t in saved) / 2**20)
+
+
+def build(name: str, arch: str, rank: int):
+    """The detector of a variant, on the card, and its optimizer."""
+    setting = dict(VARIANTS[name])
+    replace, trainable, update = (setting.pop(key, None) for key in ('replace', 'trainable', 'update'))
+    stock = setting.pop('stock', False)
+    cfg = Config.fromfile(CONFIG)
+    backbone = cfg.model.backbone
+    backbone.update(arch=arch, init_cfg=None, liera=update and dict(rank=rank, alpha=2 * rank, update=update), **setting)
+    if stock:
+        cfg.model.data_preprocessor.update(type='DetDataPreprocessor', non_blocking=False)
+        cfg.optim_wrapper.optimizer.pop('fused')
+        for stage in ('rpn', 'rcnn'):
+            cfg.model.train_cfg[stage].sampler.type = 'RandomSampler'
+    cfg.model.neck.in_channels = LieRAConvNeXt.arch_settings[arch]['channels']
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        model = MODELS.build(cfg.model)
+        if replace:
+            replace(model.backbone, rank)
+        if trainable:
+            model.backbone.requires_grad_(True)
+        model.cuda().train()
+        return model, build_optim_wrapper(model, cfg.optim_wrapper)
+
+
+def batch(images: int, size: int, seed: int = 0) -> Dict[str, Any]:
+    """Noise with eight ellipses an image as instances, as a dataloader gives it."""
+    random = np.random.RandomState(seed)
+    data = dict(inputs=[], data_samples=[])
+    rows, columns = np.ogrid[:size, :size]
+    for _ in range(images):
+        data['inputs'].append(torch.from_numpy(random.randint(0, 256, (3, size, size), dtype=np.uint8)))
+        centre, radius = random.uniform(.2, .8, (8, 2)) * size, random.uniform(.03, .2, (8, 2)) * size
+        boxes = np.concatenate([centre - radius, centre + radius], 1)
+        masks = [((columns - x) / a)**2 + ((rows - y) / b)**2 <= 1 for (x, y), (a, b) in zip(centre, radius)]
+        sample = DetDataSample(metainfo=dict(img_shape=(size, size), ori_shape=(size, size), scale_factor=(1., 1.)))
+        sample.gt_instances = InstanceData(
+            bboxes=torch.from_numpy(boxes).float(),
+            labels=torch.from_numpy(random.randint(0, 80, 8)),
+            masks=BitmapMasks(np.stack(masks).astype(np.uint8), size, size))
+        data['data_samples'].append(sample)
+    return data
+
+
+def measure(names: List[str], arch: str, rank: int, images: int, size: int, rounds: int) -> List[Dict[str, Any]]:
+    """Rows of the variants, from ``rounds`` turns of three steps each."""
+    data = batch(images, size)
+    variants = []
+    for name in names:
+        variants.append(Variant(name, arch, rank))
+        for _ in range(3):
+            variants[-1].step(data)
+        variants[-1].times.clear()
+    for _ in range(rounds):
+        for variant in variants:
+            for _ in range(3):
+                variant.step(data)
+    return [variant.row() for variant in variants]
+
+
+def table(rows: List[Dict[str, Any]]) -> str:
+    lines = [f'{"variant":26}{"ms/step":>9}{"quartiles":>16}' + ''.join(f'{part:>11}' for part in PARTS)
+             + f'{"peak GiB":>10}{"train M":>9}{"saved MiB":>11}']
+    for row in rows:
+        quartiles = '{:.1f}-{:.1f}'.format(*row['quartiles'])
+        lines.append(f'{row["variant"]:26}{row["ms"]:9.1f}{quartiles:>16}' + ''.join(f'{row[part]:11.1f}' for part in PARTS)
+                     + f'{row["peak_gib"]:10.2f}{row["trainable_m"]:9.2f}{row["checkpoint_mib"]:11.1f}')
+    return '\n'.join(lines)
+
+
+def inference(arch: str, rank: int, images: int, size: int, rounds: int) -> Dict[str, List[float]]:
+    """Milliseconds of a forward pass of the backbone and neck: unadapted, and adapted but merged."""
+    models = {'unadapted': build('frozen fast', arch, rank)[0], 'merged': build('liera fast', arch, rank)[0]}
+    liera_mm.merge(models['merged'])
+    x = torch.randn(images, 3, size, size, device='cuda')
+    times = {name: [] for name in models}
+    for turn in range(10 * rounds + 3):
+        for name, model in models.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            with torch.no_grad(), torch.autocast('cuda', dtype=torch.float16):
+                model.eval()
+                torch.cuda.synchronize()
+                start.record()
+                model.extract_feat(x)
+                end.record()
+            torch.cuda.synchronize()
+            if turn >= 3:
+                times[name].append(start.elapsed_time(end))
+    return times
+
+
+def trajectories(names: List[str], arch: str, rank: int, images: int, size: int, steps: int) -> Dict[str, List[float]]:
+    """Losses of each variant over the same steps: the same weights, batches and random numbers."""
+    batches = [batch(images, size, seed) for seed in range(8)]
+    losses = {}
+    for name in names:
+        variant = Variant(name, arch, rank)
+        for step in range(steps):
+            torch.manual_seed(step)
+            variant.step(batches[step % len(batches)])
+        losses[name] = variant.losses
+        del variant
+    return losses
+
+
+def ceilings() -> Dict[str, float]:
+    """What the card can do at best: TB/s of a copy, read and written, and TFLOP/s of a matrix product in half precision."""
+    a, b = (torch.randn(8192, 8192, device='cuda', dtype=torch.float16) for _ in range(2))
+    big = torch.empty(2**31, dtype=torch.uint8, device='cuda')
+    other = torch.empty_like(big)
+    return {'TB/s': 2 * big.numel() / _seconds(lambda: other.copy_(big)) / 1e12,
+            'TFLOP/s': 2 * 8192**3 / _seconds(lambda: a @ b) / 1e12}
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    """Median over twenty calls, on the card."""
+    times = []
+    for _ in range(23):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return statistics.median(times[3:])
+
+
+def kernels(names: List[str], arch: str, rank: int, images: int, size: int) -> Dict[str, Dict[str, List[float]]]:
+    """For each variant, by kernel: milliseconds and launches of a step on the card."""
+    data, result = batch(images, size), {}
+    for name in names:
+        variant = Variant(name, arch, rank)
+        for _ in range(3):
+            variant.step(data)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(3):
+                variant.step(data)
+        averages = [event for event in profile.key_averages() if event.self_device_time_total and '#' not in event.key]
+        result[name] = {event.key: [event.self_device_time_total / 3000, event.count / 3] for event in averages}
+        del variant
+    return result
+
+
+def draw_steps(rows: List[Dict[str, Any]], path: Path) -> None:
+    """Bars of the parts of a step, with the peak of the memory behind them."""
+    figure, axes = plt.subplots(figsize=(10, .45 * len(rows) + 1.2), layout='constrained')
+    left = np.zeros(len(rows))
+    for part in PARTS:
+        widths = np.array([row[part] for row in rows])
+        axes.barh([row['variant'] for row in rows], widths, left=left, label=part)
+        left += widths
+    for index, row in enumerate(rows):
+        axes.text(left[index] + 3, index, f'{row["ms"]:.0f} ms, {row["peak_gib"]:.1f} GiB', va='center')
+    axes.invert_yaxis()
+    axes.set(xlabel='ms a training step (medians of the parts)', xlim=(0, 1.25 * left.max()))
+    axes.legend(ncols=len(PARTS), loc='lower center', bbox_to_anchor=(.5, 1))
+    figure.savefig(path, dpi=120)
+
+
+def draw_losses(losses: Dict[str, List[float]], path: Path) -> None:
+    figure, (top, bottom) = plt.subplots(2, sharex=True, figsize=(8, 5), layout='constrained')
+    first = next(iter(losses.values()))
+    for name, values in losses.items():
+        top.plot(values, label=name, alpha=.7)
+        bottom.plot(np.subtract(values, first), label=f'{name} minus {next(iter(losses))}')
+    top.set(ylabel='loss')
+    bottom.set(ylabel='difference', xlabel='step')
+    top.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--variants', nargs='+', default=list(VARIANTS), choices=list(VARIANTS), metavar='NAME')
+    parser.add_argument('--arch', default='base', choices=list(LieRAConvNeXt.arch_settings), metavar='NAME')
+    parser.add_argument('--rank', type=int, default=16)
+    parser.add_argument('--images', type=int, default=4, help='images a batch')
+    parser.add_argument('--size', type=int, default=1024, help='height and width of the images')
+    parser.add_argument('--rounds', type=int, default=10, help='turns of three steps for each variant')
+    parser.add_argument('--json', type=Path, help='write all figures to this file')
+    parser.add_argument('--png', type=Path, help='draw them to this file')
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument('--sweep', choices=list(SWEEPS), help='one table for each value of this setting')
+    instead.add_argument('--inference', action='store_true', help='time the forward pass, unadapted and merged, instead')
+    instead.add_argument('--kernels', action='store_true', help='where the time of a step on the card goes, instead')
+    instead.add_argument('--trajectory', type=int, metavar='STEPS', help='train each variant on the same data instead')
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit('tools/benchmark.py needs a CUDA device.')
+    print(f'{torch.cuda.get_device_name()}, torch {torch.__version__}, ConvNeXt-V2 {args.arch}, rank {args.rank}, '
+          f'{args.images} x {args.size} x {args.size}')
+    problem = dict(arch=args.arch, rank=args.rank, images=args.images, size=args.size)
+    draw = draw_steps
+    if args.inference:
+        result, draw = inference(**problem, rounds=args.rounds), None
+        for name, times in result.items():
+            low, median, high = statistics.quantiles(times, n=4)
+            print(f'{name:12}{median:8.2f} ms  ({low:.2f}-{high:.2f})')
+    elif args.kernels:
+        result, draw = dict(ceilings=ceilings(), **kernels(args.variants, **problem)), None
+        print('  '.join(f'{value:.2f} {unit}' for unit, value in result['ceilings'].items()))
+        for name in args.variants:
+            times = sorted(((ms, count, key) for key, (ms, count) in result[name].items()), reverse=True)
+            print(f'{name}: {sum(ms for ms, *_ in times):.1f} ms on the card')
+            print('\n'.join(f'{ms:8.2f} ms {count:6.0f} x {key:.100}' for ms, count, key in times[:25]))
+    elif args.trajectory:
+        result, draw = trajectories(args.variants, **problem, steps=args.trajectory), draw_losses
+        for name, losses in result.items():
+            print(f'{name:20}', *(f'{statistics.mean(part):.4f}' for part in zip(*[iter(losses)] * 20)))
+    elif args.sweep:
+        result = []
+        for value in SWEEPS[args.sweep]:
+            rows = measure(args.variants, **{**problem, args.sweep: value}, rounds=args.rounds)
+            result += [dict(row, variant=f'{row["variant"]}, {args.sweep} {value}') for row in rows]
+        print(table(result))
+    else:
+        result = measure(args.variants, **problem, rounds=args.rounds)
+        print(table(result))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1))
+    if args.png and draw:
+        draw(result, args.png)
+
+
+if __name__ == '__main__':
+    main()
