@@ -17,7 +17,6 @@ from liera_mm.adapt import (
     intended_parameters,
     layer_kind,
     match_layers,
-    range_report,
     without_adapters,
 )
 from liera_mm.algebra import METHODS
@@ -52,12 +51,6 @@ def assert_refused(model, error, match, **settings):
     with pytest.raises(error, match=match):
         adapt(model, **settings)
     assert snapshot(model) == before
-
-
-def set_delta(layer, delta):
-    """Give a layer of method dense a Δ by hand."""
-    with torch.no_grad():
-        layer.adapter.delta.copy_(torch.as_tensor(delta).expand_as(layer.adapter.delta))
 
 
 # Which layers
@@ -488,50 +481,6 @@ def test_summary_counts_only_what_is_frozen(net):
     adapt(net, rank=2, train_bias=True)
     assert summary(net)[-1].frozen == 8
     assert summary(net)[-1].trainable == 12  # the adapter's
-
-
-@pytest.mark.parametrize('merged', [False, True], ids=['unmerged', 'merged'])
-def test_range_report(merged):
-    model = nn.Sequential(nn.Linear(2, 5), nn.Linear(5, 2), nn.Linear(2, 2), nn.Linear(2, 1))
-    for layer, zeros in zip(model, (2, 1, 0, 1)):
-        with torch.no_grad():
-            layer.weight.fill_(1).view(-1)[:zeros] = 0
-    overrides = [{'targets': ['1'], 'update': 'exp'}, {'targets': ['3'], 'update': 'additive'}]
-    adapt(model, method='dense', overrides=overrides)
-    set_delta(model[0], [[-.999, 1.], [-1., -2.], [0., 0.], [0., 0.], [-1.5, 3.]])
-    set_delta(model[1], -4.)
-    set_delta(model[3], 3.5)
-    if merged:
-        merge(model)
-    report = range_report(model)
-    assert (report.max_delta, report.max_delta_layer) == (4, '1')
-    assert report.sign_change_share == 3 / 14  # of layers 0 and 2
-    assert report.zero_weights == 3  # of layers 0 and 1, before Δ = -1 made one more
-
-
-def test_range_report_at_start(net):
-    report = range_report(adapt(net))
-    assert report.max_delta == 0
-    assert report.sign_change_share == 0
-    assert report.zero_weights == 0
-
-
-@pytest.mark.parametrize('position', [0, 1, 2])
-@pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
-def test_range_report_names_the_layer_that_is_not_finite(position, value):
-    model = adapt(nn.Sequential(*[nn.Linear(2, 2) for _ in range(3)]), method='dense')
-    for layer in model:
-        set_delta(layer, 5.)
-    set_delta(model[position], [[1., value], [2., 3.]])
-    report = range_report(model)
-    assert report.max_delta_layer == str(position)
-    assert math.isnan(report.max_delta) if math.isnan(value) else report.max_delta == math.inf
-
-
-def test_range_report_without_taylor_layers():
-    model = adapt(nn.Linear(2, 2), method='dense', update='additive')
-    set_delta(model, -3.)
-    assert range_report(model).sign_change_share == 0
 
 
 @every_setting

@@ -1,6 +1,7 @@
 """Every config builds, trains what its name says, and follows the schedule of the paper."""
 import copy
 import functools
+import re
 from pathlib import Path
 
 import pytest
@@ -33,9 +34,23 @@ COCO_CONFIGS = {
     'dora-liera_r16': (RANK_16 + OUTPUT_CHANNELS, 'taylor', 'dora'),
 }
 
+# What lies between v2-mini_ and _digits: the same
+DIGITS_CONFIGS = {
+    'frozen': (0, None, None),
+    'full': (1_089_480, None, None),
+    'lora': (226_984, 'additive', 'lora'),
+    'liera': (226_984, 'taylor', 'lora'),
+    'liera-exp': (226_984, 'exp', 'lora'),
+    'liera-compact': (90_960, 'taylor', 'dense'),
+    'pissa': (226_984, 'additive', 'pissa'),
+    'pissa-liera': (226_984, 'taylor', 'pissa'),
+    'dora': (226_984 + 5832, 'additive', 'dora'),
+    'dora-liera': (226_984 + 5832, 'taylor', 'dora'),
+}
+
 
 def variant(name):
-    return name.split('v2-b_')[1]
+    return re.fullmatch(r'mask-rcnn_convnextv2-(?:b_(.*)|mini_(.*)_digits|mini_pretrain_glyphs)', name).expand(r'\1\2')
 
 
 @functools.cache
@@ -71,8 +86,7 @@ def parts(model):
 
 def test_all_configs_are_known():
     assert {variant(name) for name in COCO} == set(COCO_CONFIGS)
-    assert {name.split('v2-mini_')[1] for name in DIGITS} >= {
-        'frozen_digits', 'full_digits', 'liera_digits', 'liera-exp_digits', 'lora_digits', 'pretrain_glyphs'}
+    assert {variant(name) for name in DIGITS} == {*DIGITS_CONFIGS, ''}
 
 
 @pytest.mark.parametrize('linear', [True, False])
@@ -110,12 +124,23 @@ def test_what_trains(build, name):
         assert all('.adapter.' in key for key in trained)
 
 
-@pytest.mark.parametrize('name', [name for name in DIGITS if 'lora' in name or 'liera' in name])
-def test_updates_of_digits(build, name):
-    rows = liera_mm.summary(build(read(name)).backbone)
-    update = 'additive' if 'lora' in name else 'exp' if 'liera-exp' in name else 'taylor'
-    assert {(row.method, row.update, row.rank) for row in rows} == {('lora', update, 4)}
-    assert len(rows) == 4 + 3 * 10
+@pytest.mark.parametrize('name', DIGITS_CONFIGS)
+def test_digits_compare_the_methods_of_coco(build, name):
+    """Rank 4 in place of 16, and the same otherwise."""
+    backbone = build(read(f'mask-rcnn_convnextv2-mini_{name}_digits')).backbone
+    expected, update, method = DIGITS_CONFIGS[name]
+    assert trainable(backbone) == expected
+    rows = liera_mm.summary(backbone)
+    assert len(rows) == (4 + 3 * 10 if update else 0)
+    assert {row.update for row in rows} == {update} - {None}
+    assert {row.method for row in rows if row.kind == 'depthwise'} == {method} - {None}
+    assert {row.rank for row in rows} <= {4, None}
+    if update:
+        coco = read(f'mask-rcnn_convnextv2-b_{name}_r16').model.backbone.liera
+        ours = backbone.liera
+        assert ours['alpha'] / ours['rank'] == coco.get('alpha') / coco.rank
+        assert (ours['method'], ours['update']) == (coco.get('method', 'lora'), coco.get('update', 'taylor'))
+        assert ours['overrides'] == coco.get('overrides', [])
 
 
 @pytest.mark.parametrize('name', COCO)

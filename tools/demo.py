@@ -2,10 +2,8 @@
 
 Needs data/digits (tools/make_digits_coco.py). Writes demo/sheet.png, ground truth beside predictions, and prints a table.
 """
-import json
 import pickle
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any, Dict
 
@@ -16,6 +14,7 @@ import cv2
 import mmcv
 import numpy as np
 import torch
+from digits_table import CONFIG, last_checkpoint, test_command, test_metrics, train_command
 from mmdet.structures import DetDataSample
 from mmdet.structures.mask import BitmapMasks
 from mmdet.visualization import DetLocalVisualizer
@@ -25,25 +24,20 @@ from mmengine.structures import InstanceData
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
-CONFIGS = dict(
-    LieRA='configs/digits/mask-rcnn_convnextv2-mini_liera_digits.py',
-    frozen='configs/digits/mask-rcnn_convnextv2-mini_frozen_digits.py')
+CONFIGS = dict(LieRA=CONFIG.format('liera'), frozen=CONFIG.format('frozen'))
 OUT = Path('demo')
 
 
 def train_and_test(config: str, work_dir: Path) -> Dict[str, Any]:
     """Run the two tools on one config; returns a row of the table, with the test's own metrics."""
-    run = [sys.executable, '-u']
-    subprocess.run([*run, 'tools/train.py', config, '--work-dir', str(work_dir)], check=True)
-    checkpoint = Path((work_dir / 'last_checkpoint').read_text())
-    subprocess.run([*run, 'tools/test.py', config, str(checkpoint), '--work-dir', str(work_dir / 'test'),
-                    '--out', str(work_dir / 'predictions.pkl')], check=True)
-    metrics = json.loads(max((work_dir / 'test').glob('*/*.json')).read_text())
+    subprocess.run(train_command(config, work_dir), check=True)
+    subprocess.run(test_command(config, work_dir, '--out', str(work_dir / 'predictions.pkl')), check=True)
+    metrics = test_metrics(work_dir)
     counts = liera_mm.summary(MODELS.build(Config.fromfile(config).model))
     return dict(
         trainable=counts.trainable,
         total=counts.total,
-        checkpoint_mib=checkpoint.stat().st_size / 2**20,
+        checkpoint_mib=last_checkpoint(work_dir).stat().st_size / 2**20,
         bbox=metrics['coco/bbox_mAP'],
         segm=metrics['coco/segm_mAP'])
 

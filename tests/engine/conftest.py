@@ -13,6 +13,15 @@ ROOT = Path(__file__).parents[2]
 DIGITS_CONFIG = ROOT / 'configs/digits/mask-rcnn_convnextv2-mini_liera_digits.py'
 
 
+@pytest.fixture(scope='module')
+def on_the_cpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('mmengine.device.utils.DEVICE', 'cpu')
+        # Half of the time of so short a training went into printing its config nicely
+        patch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **_: (text, True))
+        yield
+
+
 @pytest.fixture(scope='session')
 def digits(tmp_path_factory):
     """Folder of four images to train on and two to validate on."""
