@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from liera_mm.group import MULTIPLICATIVE, UPDATES
+from liera_mm.group import INVERSES, MULTIPLICATIVE, UPDATES
 
 # The definitions, on Python's floats. A new rule needs a line here.
 DEFINITIONS = {
@@ -68,3 +68,25 @@ def test_taylor_is_the_first_order_of_exp():
 def test_gradients(update):
     weight, delta = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(UPDATES[update], (weight, delta))
+
+
+# The inverses
+
+
+@every_update
+def test_inverse(update):
+    weight, delta = torch.randn(2, 100, dtype=torch.float64)
+    back = INVERSES[update](weight, UPDATES[update](weight, delta))
+    torch.testing.assert_close(back, delta)
+    assert INVERSES[update](weight, weight).count_nonzero() == 0
+
+
+@every_update
+def test_inverse_where_there_is_none(update):
+    """Always finite, and as near to the other weight as the rule gets."""
+    weight = torch.tensor([0., 0., 1., -2., 3.])
+    other = torch.tensor([1., 0., -1., 2., 0.])
+    delta = INVERSES[update](weight, other)
+    assert delta.isfinite().all()
+    nearest = dict(additive=other, taylor=torch.tensor([0., 0., -1., 2., 0.]), exp=torch.zeros(5))[update]
+    torch.testing.assert_close(UPDATES[update](weight, delta), nearest, rtol=0, atol=1e-6)

@@ -22,7 +22,7 @@ from pycocotools.coco import COCO
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import liera_mm  # noqa: F401  registers the weight loaders that the configs use
+from liera_mm.engine.checkpoint import read_checkpoint
 
 CONFIG = 'configs/digits/mask-rcnn_convnextv2-mini_pretrain_glyphs.py'
 DATA = Path('data/glyphs')
@@ -148,7 +148,7 @@ def detector() -> None:
         sys.executable, '-u', 'tools/train.py', CONFIG, '--work-dir', str(WORK_DIR), '--cfg-options',
         f'load_from={WORK_DIR / "dense.pth"}'
     ], check=True)
-    checkpoint = torch.load((WORK_DIR / 'last_checkpoint').read_text(), map_location='cpu', weights_only=False)
+    checkpoint = read_checkpoint((WORK_DIR / 'last_checkpoint').read_text(), 'cpu')
     state = {k: v.half() for k, v in checkpoint['state_dict'].items() if not k.startswith(CLASSIFIER)}
     WEIGHTS.parent.mkdir(exist_ok=True)
     save_file(state, WEIGHTS)

@@ -3,7 +3,6 @@ import importlib.util
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from mmdet.apis import inference_detector, init_detector
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
-from liera_mm import LieRAHook
+from liera_mm.engine.checkpoint import leave_out_base
 from liera_mm.errors import SetupError
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -83,8 +82,9 @@ def detectors(tmp_path_factory):
             for parameter in model.backbone.parameters():
                 if parameter.requires_grad:
                     parameter.add_(.02 * torch.randn_like(parameter))
+        torch.save(model.state_dict(), folder / f'{name}.whole')
         content = dict(meta=dict(dataset_meta=dict(classes=cfg.classes), cfg=cfg.pretty_text), state_dict=model.state_dict())
-        LieRAHook().before_save_checkpoint(SimpleNamespace(model=model), content)
+        leave_out_base(model, content)
         torch.save(content, checkpoint)
         files[name] = (config, checkpoint)
     return files
@@ -118,7 +118,7 @@ def test_same_predictions_without_this_package(detectors, merged, picture, name)
 
 @pytest.mark.parametrize('name', CONFIGS)
 def test_the_perturbation_is_in_the_weights(detectors, merged, name):
-    before, after = torch.load(detectors[name][1], weights_only=False)['state_dict'], merged[name][0]['state_dict']
+    before, after = torch.load(detectors[name][1].with_suffix('.whole')), merged[name][0]['state_dict']
     assert set(after) == {key for key in before if '.adapter.' not in key}
     changed = {key for key in after if not torch.equal(before[key], after[key])}
     assert changed == {key.split('adapter.')[0] + 'weight' for key in before if '.adapter.' in key}
@@ -168,6 +168,14 @@ def test_checkpoint_of_another_config(monkeypatch, detectors, tmp_path, theirs):
     config, checkpoint = detectors['taylor'][0], detectors[theirs][1]
     problem, remedy = refused(monkeypatch, config, checkpoint, tmp_path / 'out.pth')
     assert problem.startswith(f'{checkpoint} was not trained with {config}: ') and 'config' in remedy
+
+
+def test_whole_checkpoint(monkeypatch, detectors, merged, tmp_path):
+    """One that holds the frozen weights too, as a training without init_cfg and load_from leaves it."""
+    config, checkpoint = detectors['taylor']
+    merge(monkeypatch, config, checkpoint.with_suffix('.whole'), tmp_path / 'plain.pth')
+    ours, theirs = torch.load(tmp_path / 'plain.pth')['state_dict'], merged['taylor'][0]['state_dict']
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.parametrize('content', [b'not a checkpoint', b'', b'PK\x03\x04'], ids=['text', 'empty', 'truncated'])
