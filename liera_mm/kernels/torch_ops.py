@@ -22,7 +22,8 @@ def moved_weights(weights: Sequence[Tensor], a: Tensor, b: Tensor, scale: float,
 def delta_grads(weights: Sequence[Tensor], a: Tensor, b: Tensor, scale: float, update: str, grad: Tensor) -> Tensor:
     """The gradients of every Δ in its matrix view, from those of the moved weights, all stacked."""
     slopes = [SLOPES[update](at_least_float32(w), low_rank(*factors, scale, w.shape)) for w, *factors in zip(weights, a, b)]
-    return torch.stack([at_least_float32(g) * slope for g, slope in zip(grad, slopes)]).reshape(len(a), b.shape[1], a.shape[2])
+    grads = torch.stack([at_least_float32(g) * slope for g, slope in zip(grad, slopes)])
+    return grads.reshape(len(a), b.shape[1], a.shape[2])
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tuple[Tensor, Tensor, Tensor]:
