@@ -2,7 +2,7 @@
 
 
 class SetupError(RuntimeError):
-    """Something that the user has to mend before a training or a test can start.
+    """Something that the user has to mend before a training or a test can start, or go on.
 
     Args:
         problem: What is missing or wrong, and where.

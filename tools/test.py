@@ -1,8 +1,17 @@
-"""Evaluate a detector: tools/test.py CONFIG CHECKPOINT [options]."""
+"""Evaluate a detector or classifier: tools/test.py CONFIG CHECKPOINT [options]."""
 import argparse
+import os.path as osp
 
 # Before anything of MMDetection, which may need the operators that liera_mm stands in for
-from liera_mm.engine.cli import add_options, build_runner, check_checkpoint, check_data, config_of, exit_clearly
+from liera_mm.engine.cli import (
+    add_options,
+    build_runner,
+    check_checkpoint,
+    check_data,
+    check_hook,
+    config_of,
+    exit_clearly,
+)
 
 # isort: split
 from mmdet.engine.hooks.utils import trigger_visualization_hook
@@ -11,9 +20,9 @@ from mmengine.config import Config, ConfigDict
 
 
 def use_tta(cfg: Config) -> None:
-    """Wrap model and test pipeline for flipping, as the config says or in MMDetection's default way: of boxes only."""
-    cfg.setdefault(
-        'tta_model', dict(type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)))
+    """Wrap model and test pipeline for flipping, as the config says or in the default way: of boxes only, or of scores."""
+    boxes = dict(type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100))
+    cfg.setdefault('tta_model', dict(type='AverageClsScoreTTA') if cfg.get('default_scope') == 'mmpretrain' else boxes)
     if 'tta_pipeline' not in cfg:
         *steps, pack = cfg.test_dataloader.dataset.pipeline
         flips = [dict(type='RandomFlip', prob=1.), dict(type='RandomFlip', prob=0.)]
@@ -27,8 +36,18 @@ def use_tta(cfg: Config) -> None:
     cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
 
 
+def show_predictions(cfg: Config, args: argparse.Namespace) -> None:
+    """Turn on the visualization hook, of mmpretrain or of MMDetection."""
+    if cfg.get('default_scope') == 'mmpretrain':
+        folder = args.show_dir and osp.join(cfg.work_dir, args.show_dir)
+        cfg.default_hooks.visualization.update(
+            enable=True, interval=1, show=args.show, wait_time=args.wait_time, out_dir=folder)
+    else:
+        trigger_visualization_hook(cfg, args)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description='Evaluate a detector')
+    parser = argparse.ArgumentParser(description='Evaluate a detector or classifier')
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument('--out', help='write the predictions to this .pkl file')
@@ -44,9 +63,10 @@ def main() -> None:
     cfg = config_of(args)
     cfg.load_from, cfg.resume = args.checkpoint, False
     check_checkpoint(args.checkpoint)
+    check_hook(cfg)
     check_data(cfg, ['test'])
     if args.show or args.show_dir:
-        trigger_visualization_hook(cfg, args)
+        show_predictions(cfg, args)
     if args.tta:
         use_tta(cfg)
     runner = build_runner(cfg)

@@ -1,12 +1,22 @@
-"""Train a detector: tools/train.py CONFIG [options]."""
+"""Train a detector or classifier: tools/train.py CONFIG [options]."""
 import argparse
+import os
 
-from liera_mm.engine.cli import add_options, build_runner, check_data, check_weights, config_of, exit_clearly
+from liera_mm.engine.checkpoint import latest_checkpoint
+from liera_mm.engine.cli import (
+    add_options,
+    build_runner,
+    check_data,
+    check_hook,
+    check_weights,
+    config_of,
+    exit_clearly,
+)
 from liera_mm.errors import SetupError
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description='Train a detector')
+    parser = argparse.ArgumentParser(description='Train a detector or classifier')
     parser.add_argument('config', help='config file')
     parser.add_argument('--amp', action='store_true', help='train with automatic mixed precision')
     parser.add_argument(
@@ -15,7 +25,7 @@ def main() -> None:
         '--resume',
         nargs='?',
         const='auto',
-        help='resume from this checkpoint; without one, from the latest in the work dir')
+        help='resume from this checkpoint; without one, from the latest in the work dir that is intact')
     add_options(parser)
     args = parser.parse_args()
 
@@ -29,8 +39,12 @@ def main() -> None:
                              'Set it to the total batch size that the learning rate was chosen for')
         cfg.auto_scale_lr.enable = True
     if args.resume:
-        cfg.resume = True
-        cfg.load_from = None if args.resume == 'auto' else args.resume
+        checkpoint = latest_checkpoint(cfg.work_dir) if args.resume == 'auto' else args.resume
+        if checkpoint:
+            cfg.resume, cfg.load_from = True, checkpoint
+        elif os.environ.get('RANK', '0') == '0':  # one of several processes
+            print(f'{cfg.work_dir} has no checkpoint to resume from: training from the beginning')
+    check_hook(cfg)
     check_data(cfg, ['train', 'val'])
     check_weights(cfg)
     build_runner(cfg).train()

@@ -1,22 +1,27 @@
 """What the command-line tools share: options, configs, and checks that end in two lines, what is wrong and what to do."""
 import argparse
 import difflib
+import functools
 import os
 import os.path as osp
+import re
 import sys
 import unicodedata
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlparse
 from urllib.request import Request, urlopen
 
 import torch
 from mmengine.config import Config, DictAction
+from mmengine.device import get_device
+from mmengine.fileio import list_from_file
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from ..errors import SetupError
+from .data import check_coco
 
 LOOK_ALIKES = str.maketrans(dict(zip('\u0430\u0435\u0456\u043e\u0440\u0441\u0445\u0443', 'aeiopcxy')))
 """Cyrillic letters that look like the Latin ones of file names."""
@@ -26,18 +31,23 @@ def exit_clearly(main: Callable[[], None]) -> None:
     """Run a tool; a :class:`SetupError` ends it with the error's two lines and exit status 1."""
     try:
         main()
-    except SetupError as error:
-        sys.exit(str(error))
+    except RuntimeError as error:
+        # A process that loads data sends the text of its traceback, which ends with the error
+        lines = str(error) if isinstance(error, SetupError) else ''.join(re.findall(r'SetupError: (.+\n.+)\s*$', str(error)))
+        if not lines:
+            raise
+        sys.exit(lines)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that train.py and test.py share with each other and with MMDetection's."""
-    parser.add_argument('--work-dir', help='folder of logs and checkpoints; default: work_dirs/<config name>')
+    parser.add_argument('--work-dir', help='folder of logs and checkpoints; default: work_dirs/<config name>[/<choices>]')
     parser.add_argument(
         '--cfg-options',
         nargs='+',
         action=DictAction,
-        help='override settings of the config: key=value ...; data_root=FOLDER moves all paths below it')
+        help='override settings of the config: key=value ...; data_root=FOLDER moves all paths below it, and a config '
+        'that offers choices takes the name of one, as in task=NAME')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
 
@@ -47,11 +57,15 @@ def config_of(args: argparse.Namespace) -> Config:
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = load_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
-    cfg.work_dir = args.work_dir or cfg.get('work_dir') or osp.join('work_dirs', Path(cfg.filename).stem)
+    chosen = [cfg[name] for name in cfg.get('choices', ())]
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or osp.join('work_dirs', Path(cfg.filename).stem, *chosen)
     return cfg
 
 
 def build_runner(cfg: Config) -> Runner:
+    if cfg.launcher == 'pytorch' and get_device() == 'cpu':  # for which MMEngine would ask for a GPU
+        torch.distributed.init_process_group('gloo')
+        cfg.model_wrapper_cfg = dict(cfg.get('model_wrapper_cfg') or dict(broadcast_buffers=False), device_ids=None)
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
 
 
@@ -86,10 +100,13 @@ def _to_latin(path: str) -> str:
 
 
 def load_config(path: str, options: Optional[Dict[str, Any]] = None) -> Config:
-    """Read a config and apply ``--cfg-options``; ``data_root`` among them moves every path below it.
+    """Read a config and apply ``--cfg-options``.
+
+    Two kinds of options change more than themselves. ``data_root`` moves every path below it. Where the config has
+    ``choices=dict(task=dict(name=dict(...), ...), ...)``, ``task=name`` merges the settings of that name.
 
     Raises:
-        SetupError: If there is no such config, or it has no ``data_root`` to move.
+        SetupError: If there is no such config, or no choice of that name, or the config has no ``data_root`` to move.
     """
     cfg = Config.fromfile(find_config(path))
     options = dict(options or {})
@@ -98,25 +115,71 @@ def load_config(path: str, options: Optional[Dict[str, Any]] = None) -> Config:
             raise SetupError(f'{path} has no data_root to override', 'Override the paths of its dataloaders instead')
         new = osp.join(options.pop('data_root'), '')
         cfg = Config(_replace_prefix(cfg.to_dict(), cfg.data_root, new), filename=cfg.filename)
+    for option, choices in cfg.get('choices', {}).items():
+        if option in options:
+            cfg.merge_from_dict(choices[_known_choice(option, str(options[option]), choices)])
+            cfg.pop('work_dir', None)  # of what was chosen before, in a config that a training wrote
     cfg.merge_from_dict(options)
     return cfg
+
+
+def _known_choice(option: str, name: str, choices: Sequence[str]) -> str:
+    if name not in choices:
+        closest = difflib.get_close_matches(name, choices, n=3, cutoff=0.4)
+        raise SetupError(f'There is no {option} {name!r}',
+                         f'The closest ones are {", ".join(closest)}' if closest else f'Choose of {", ".join(choices)}')
+    return name
 
 
 def check_data(cfg: Config, splits: List[str]) -> None:
     """Check that annotations and images of the splits (of ``train``, ``val``, ``test``) are where the config says.
 
     Raises:
-        SetupError: At the first path that is missing.
+        SetupError: At the first path that is missing, or line of a classification's split file that is wrong; and where
+            annotations in COCO's format, which are read for this, are not for this config and these images.
     """
+    classes = (cfg.get('model', {}).get('head') or {}).get('num_classes')
     for split in splits:
         for dataset in _datasets(cfg.get(f'{split}_dataloader') or {}):
             root = dataset.get('data_root') or ''
-            for path in (dataset.get('ann_file'), (dataset.get('data_prefix') or {}).get('img')):
+            prefix = dataset.get('data_prefix') or ''
+            images = prefix if isinstance(prefix, str) else prefix.get('img') or prefix.get('img_path', '')
+            for path in (dataset.get('ann_file'), images):
                 path = path and osp.join(root, path)
                 if path and '://' not in path and not osp.exists(path):
                     raise SetupError(
-                        f'The {split} data set is missing: {path}',
-                        f'Put it there, or say where it is with --cfg-options data_root=FOLDER (now {root or "unset"})')
+                        f'The {split} data set is missing: {path}', 'Put it there, or say where it is with --cfg-options '
+                        f'data_root=FOLDER (now {cfg.get("data_root") or root or "unset"})')
+            if dataset['type'] in ('CocoDataset', 'mmdet.CocoDataset') and '://' not in osp.join(root, dataset['ann_file']):
+                check_coco(split, dataset)
+            if dataset['type'] == 'CustomDataset' and dataset.get('ann_file') and classes and '://' not in root:
+                _check_samples(osp.join(root, dataset['ann_file']), osp.join(root, images), classes)
+
+
+def _check_samples(split_file: str, folder: str, classes: int) -> None:
+    """Check every line ``image label`` of a split file: that the image is in the folder, and the label below classes."""
+    names = functools.cache(lambda path: set(os.listdir(path)) if osp.isdir(path) else set())
+    lines = list_from_file(split_file)
+    if not lines:
+        raise SetupError(f'{split_file} is empty', 'It needs a line for each image: its path and its label')
+    for number, line in enumerate(lines, 1):
+        image, _, label = line.strip().rpartition(' ')
+        if not (image and label.isdecimal() and int(label) < classes):
+            raise SetupError(f'{split_file}, line {number}: {line!r} is not an image and a label from 0 to {classes - 1}',
+                             'Correct the file, or give the classes it has with --cfg-options model.head.num_classes=N')
+        path = osp.join(folder, image)
+        if osp.basename(path) not in names(osp.dirname(path)):
+            raise SetupError(f'{split_file}, line {number}: there is no image {path}', 'Put it there, or take out the line')
+
+
+def check_hook(cfg: Config) -> None:
+    """Raise a SetupError if a model with an adapted backbone is to run without LieRAHook, which keeps it from harm."""
+    hooks = [*cfg.get('custom_hooks', ()), *cfg.get('default_hooks', {}).values()]
+    adapted = [node['type'] for _, node in _dicts(cfg.model, 'model')
+               if str(node.get('type')).rpartition('.')[2] in ('LieRAConvNeXt', 'LieRABackbone')]
+    if adapted and not any(str(hook['type']).rpartition('.')[2] == 'LieRAHook' for hook in hooks if hook):
+        raise SetupError(f'{cfg.filename} has a {adapted[0]}, but no LieRAHook, which checks and merges it',
+                         "Add custom_hooks = [dict(type='LieRAHook')] to the config")
 
 
 def check_weights(cfg: Config) -> None:
@@ -159,20 +222,22 @@ def _check_source(key: str, source: str) -> None:
 
 def _checkpoints(cfg: Config) -> Iterator[Tuple[str, str]]:
     """Key and source of every checkpoint that building and initialising the model reads."""
-
-    def walk(node: Any, key: str) -> Iterator[Tuple[str, str]]:
-        if isinstance(node, dict):
-            if node.get('type') == 'Pretrained':
-                yield f'{key}.checkpoint', node['checkpoint']
-            for name, value in node.items():
-                yield from walk(value, f'{key}.{name}')
-        elif isinstance(node, (list, tuple)):
-            for index, value in enumerate(node):
-                yield from walk(value, f'{key}.{index}')
-
-    yield from walk(cfg.model, 'model')
+    for key, node in _dicts(cfg.model, 'model'):
+        if node.get('type') == 'Pretrained':
+            yield f'{key}.checkpoint', node['checkpoint']
     if cfg.get('load_from'):
         yield 'load_from', cfg.load_from
+
+
+def _dicts(node: Any, key: str) -> Iterator[Tuple[str, Dict[str, Any]]]:
+    """Key and content of every dict in a part of a config."""
+    if isinstance(node, dict):
+        yield key, node
+        for name, value in node.items():
+            yield from _dicts(value, f'{key}.{name}')
+    elif isinstance(node, (list, tuple)):
+        for index, value in enumerate(node):
+            yield from _dicts(value, f'{key}.{index}')
 
 
 def _datasets(dataloader: Dict[str, Any]) -> Iterator[Dict[str, Any]]:

@@ -1,61 +1,107 @@
 """The life cycle of an adapted model under MMEngine's Runner."""
-import json
 import re
-from typing import Any, Dict, Iterator, Optional, Sequence
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
-from mmengine.fileio import load
-from mmengine.hooks import Hook
+from mmengine.dist import all_gather_object, broadcast, get_rank, get_world_size
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
-from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from mmengine.runner.base_loop import BaseLoop
 from torch import nn
+from torch.utils.data import DataLoader
 
-from ..adapt import intended_parameters, merge, range_report, summary, unmerge
+from ..adapt import merge, summary, unmerge
 from ..errors import SetupError
-from ..models import PretrainedBackbone
+from ..models.pretrained import RECORD, decode_record, pretrained_backbones
+from ..report import range_report
+from . import invariants
+from .checkpoint import CheckpointWithoutBase, random_state, set_random_state
+from .data import check_categories, check_images
 
 
 @HOOKS.register_module()
 class LieRAHook(Hook):
     """Checks an adapted model before it trains, watches its perturbations, and merges it for evaluation.
 
-    - Before training: exactly the intended tensors train and are in the optimizer, no frozen weight is random, and the
-      annotations have the categories of the config. The summary table is logged once.
+    - Before training: exactly the intended tensors train and are in the optimizer, no frozen weight is random, all are
+      finite, and the annotations have the categories of the config. The summary table is logged once.
+    - While training: the invariants of ``engine/invariants.py``, and that images can be read and are as annotated.
     - After each training epoch: the largest |Δ|, the share of Δ <= -1 under ``taylor``, zero weights that cannot move.
     - During validation and testing the perturbations are merged into the weights; after it the weights are restored.
-    - A checkpoint to test or resume from must hold the whole model, and have been trained with the same settings.
+    - Checkpoints leave out frozen weights that can be had again, and are never lost (see ``engine/checkpoint.py``).
+    - A checkpoint to test or resume from must hold all the rest, and have been trained with the same settings.
+    - A resumed training draws the random numbers that it would have drawn without the interruption, unless the number of
+      processes is another.
+    - All processes of a training begin with the tensors of the first, at the same iteration.
     """
     # Evaluation starts after, and ends before, the swap of weights by EMAHook and the checkpoint of CheckpointHook.
     priority = 'HIGH'
 
+    def __init__(self):
+        self.random_states: Optional[List[Dict[str, Any]]] = None  # of all processes
+        self.loaded_from: Dict[str, Tuple[Dict[str, Optional[str]], Set[str]]] = {}
+        self.frozen: Dict[str, str] = {}
+
+    def before_run(self, runner: Runner) -> None:
+        if not any(isinstance(hook, CheckpointWithoutBase) for hook in runner.hooks):
+            runner.register_hook(CheckpointWithoutBase())
+        for hook in runner.hooks:
+            local = '://' not in str(getattr(hook, 'out_dir', None) or runner.work_dir)
+            if isinstance(hook, CheckpointHook) and local and not (hook.backend_args or hook.file_client_args):
+                hook.backend_args = dict(backend='checkpoints')
+
     def before_train(self, runner: Runner) -> None:
         model = _unwrap(runner.model)
-        backbones = list(_backbones(model))
+        backbones = list(pretrained_backbones(model))
         if not backbones:
             raise SetupError(
                 'LieRAHook found no adapted backbone in the model.',
                 'Set its type to LieRAConvNeXt or LieRABackbone with liera=dict(...), or take the hook out of custom_hooks')
+        _start_together(runner, model)
         model.train()  # as the loop will: here a backbone's own frozen_stages freezes what is in them, adapters too
         for name, backbone in backbones:
             backbone.check_base(f'{name} has frozen weights that were never loaded')
             if hasattr(backbone, 'liera'):
-                _check_trainable(name, backbone)
-        _check_optimizer(model, runner.optim_wrapper)
-        _check_categories(runner.train_dataloader.dataset)
+                invariants.check_trainable(name, backbone)
+            if name in self.loaded_from and not backbone.base_in_place():
+                backbone.set_base(*self.loaded_from[name])
+        invariants.check_finite(model)
+        invariants.check_movable(model)
+        invariants.check_optimizer(model, runner.optim_wrapper)
+        self._check_data(runner.train_dataloader)
         if runner.val_loop is not None:
-            _check_categories(runner.val_dataloader.dataset)
+            self._check_data(runner.val_dataloader)
         runner.logger.info(f'LieRA\n{summary(model)}')
+        too_many = invariants.ranks_above_dimensions(model)
+        if too_many:
+            runner.logger.warning(
+                f'LieRA  the rank is above the dimensions of {len(too_many)} layers, such as {too_many[0]}: their Δ can be '
+                "every tensor, for which method='dense' in overrides takes fewer parameters")
+        self.frozen = invariants.frozen_digests(model)
+        invariants.watch_first_step(model, runner.optim_wrapper, runner.logger)
+        self.watch_loss = model.register_forward_hook(invariants.stop_at_non_finite_loss, with_kwargs=True)
+
+    def after_train(self, runner: Runner) -> None:
+        self.watch_loss.remove()
 
     def before_val(self, runner: Runner) -> None:
-        _check_categories(runner.val_dataloader.dataset)
+        self._check_data(runner.val_dataloader)
 
     def before_test(self, runner: Runner) -> None:
-        _check_categories(runner.test_dataloader.dataset)
+        invariants.check_finite(_unwrap(runner.model))
+        self._check_data(runner.test_dataloader)
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        if self.random_states is not None and len(self.random_states) == get_world_size():
+            set_random_state(self.random_states[get_rank()])
 
     def after_train_epoch(self, runner: Runner) -> None:
+        # Validation comes next, and a resumed training does not repeat it. Only the first process saves checkpoints
+        self.random_states = all_gather_object(random_state())
         model = _unwrap(runner.model)
+        invariants.check_frozen(model, self.frozen)
         if not summary(model):
             return
         report = range_report(model)
@@ -70,22 +116,37 @@ class LieRAHook(Hook):
             step=runner.epoch + 1)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        checkpoint['meta']['liera'] = _settings(_unwrap(runner.model))
+        checkpoint['random_states'] = self.random_states
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        check_settings(_unwrap(runner.model), checkpoint)
+        model = _unwrap(runner.model)
+        theirs = {re.sub('^module\\.', '', key): value for key, value in checkpoint.get('state_dict', checkpoint).items()}
+        fetched = set()
+        for name, backbone in pretrained_backbones(model):
+            if f'{name}.{RECORD}' in theirs:
+                record = decode_record(theirs[f'{name}.{RECORD}'])
+                backbone.check_settings(record)
+                fetched.update(f'{name}.{key}' for key in record['fingerprint'])
         starts_training = isinstance(runner._train_loop, BaseLoop) and not runner._resume
         if starts_training:
+            self._remember_source(runner, checkpoint, theirs.keys(), fetched)
             return  # load_from may give a part of the model; before_train checks what must be there
-        model = _unwrap(runner.model)
-        theirs = {re.sub('^module\\.', '', key) for key in checkpoint.get('state_dict', checkpoint)}
-        missing = sorted(model.state_dict().keys() - theirs)
+        self.random_states = checkpoint.get('random_states')
+        ours = model.state_dict()
+        remedy = ('Give a checkpoint that was trained with this config, or the config that this checkpoint was trained '
+                  'with; both are in its work_dir.')
+        missing = sorted(ours.keys() - theirs.keys() - fetched)
         if missing:
             adapters = sum('.adapter.' in name for name in missing)
             raise SetupError(
                 f'the checkpoint lacks {len(missing)} tensors of this model ({adapters} of adapters), among them '
-                f'{", ".join(missing[:3])}.', 'Give a checkpoint that was trained with this config, or the config that '
-                'this checkpoint was trained with; both are in its work_dir.')
+                f'{", ".join(missing[:3])}.', remedy)
+        for name, value in ours.items():
+            # squeezed, for Linear and 1x1 forms of one layer are the same
+            if name in theirs and theirs[name].squeeze().shape != value.squeeze().shape:
+                raise SetupError(
+                    f'the shape of {name} is {tuple(theirs[name].shape)} in the checkpoint, {tuple(value.shape)} in this '
+                    'model.', remedy)
 
     def before_val_iter(self, runner: Runner, batch_idx: int, data_batch: Optional[Sequence] = None) -> None:
         if batch_idx == 0:
@@ -97,27 +158,21 @@ class LieRAHook(Hook):
     before_test_iter = before_val_iter
     after_test_epoch = after_val_epoch
 
+    @staticmethod
+    def _check_data(dataloader: DataLoader) -> None:
+        check_categories(dataloader.dataset)
+        check_images(dataloader.dataset)
 
-def check_settings(model: nn.Module, checkpoint: dict) -> None:
-    """Check that a checkpoint's factors mean what they would mean in this model.
-
-    Raises:
-        SetupError: If the checkpoint was trained with another update, rank, alpha or target; names the difference.
-    """
-    theirs, ours = checkpoint.get('meta', {}).get('liera', {}), _settings(model)
-    different = [
-        f'{key} {theirs[name].get(key)!r} there, {ours[name].get(key)!r} here'
-        for name in theirs.keys() & ours.keys() for key in sorted(theirs[name].keys() | ours[name].keys())
-        if theirs[name].get(key) != ours[name].get(key)
-    ]
-    if different:
-        raise SetupError(f'the checkpoint was trained with other liera settings: {"; ".join(different)}',
-                         'Use the config in the work dir of that checkpoint')
-
-
-def _settings(model: nn.Module) -> Dict[str, Dict[str, Any]]:
-    """The arguments of adapt(), by name of the adapted module, in plain types as a file gives them back."""
-    return json.loads(json.dumps({name: module.liera for name, module in model.named_modules() if hasattr(module, 'liera')}))
+    def _remember_source(self, runner: Runner, checkpoint: dict, names: Set[str], fetched: Set[str]) -> None:
+        """Note which frozen weights come from ``load_from``; from the work dir they could be overwritten any time."""
+        if Path(runner._load_from).absolute().parent == Path(runner.work_dir).absolute():
+            return
+        wrapped = any(key.startswith('module.') for key in checkpoint.get('state_dict', checkpoint))
+        for name, _ in pretrained_backbones(_unwrap(runner.model)):
+            given = {key[len(name) + 1:] for key in names if key.startswith(f'{name}.')}
+            if given and not any(key.startswith(f'{name}.') for key in fetched):
+                source = dict(option='load_from', checkpoint=runner._load_from, prefix='module.' * wrapped + f'{name}.')
+                self.loaded_from[name] = (source, given)
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -126,40 +181,11 @@ def _unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def _backbones(model: nn.Module) -> Iterator:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, PretrainedBackbone))
-
-
-def _check_trainable(name: str, backbone: nn.Module) -> None:
-    trained = {key for key, parameter in backbone.named_parameters() if parameter.requires_grad}
-    intended = intended_parameters(backbone)
-    if trained != intended:
-        raise SetupError(
-            f'{name} would not train what its liera config says. Trains, but should be frozen: '
-            f'{sorted(trained - intended) or "nothing"}. Should train, but is frozen: '
-            f'{sorted(intended - trained) or "nothing"}',
-            'Leave requires_grad of the backbone alone: no frozen_stages, no hook that freezes or unfreezes it')
-
-
-def _check_optimizer(model: nn.Module, optim_wrapper) -> None:
-    wrappers = [optim_wrapper] if isinstance(optim_wrapper, OptimWrapper) else optim_wrapper.values()
-    optimized = {id(p) for wrapper in wrappers for group in wrapper.param_groups for p in group['params']}
-    missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in optimized]
-    if missing:
-        raise SetupError(f'the optimizer lacks {len(missing)} trainable tensors: {", ".join(missing[:3])}.',
-                         'It must be built after the model is adapted: adapt through the config, not from a hook')
-
-
-def _check_categories(dataset) -> None:
-    """MMDetection drops annotations of other names in silence, and fails on missing ones only when it evaluates."""
-    while hasattr(dataset, 'dataset'):
-        dataset = dataset.dataset
-    classes = dataset.metainfo.get('classes', ())
-    if len(getattr(dataset, 'cat_ids', classes)) == len(classes):
-        return
-    theirs = [category['name'] for category in load(dataset.ann_file)['categories']]
-    missing = [name for name in classes if name not in theirs]
-    raise SetupError(
-        f'{dataset.ann_file} lacks {len(missing)} classes of the config, such as {", ".join(missing[:5])}; it has '
-        f'{", ".join(theirs[:5])}.', 'Set metainfo=dict(classes=...) of the data set to its own names, and num_classes of '
-        'the heads to their number')
+def _start_together(runner: Runner, model: nn.Module) -> None:
+    """Give all processes the tensors of the first; another file of weights on one of the nodes must not go unnoticed."""
+    iterations = all_gather_object(runner.iter)
+    if len(set(iterations)) > 1:
+        raise SetupError(f'the processes would start at different iterations: {", ".join(map(str, iterations))}.',
+                         'To resume on several nodes, all of them must see the work dir with the checkpoint')
+    for tensor in model.state_dict().values():
+        broadcast(tensor)

@@ -13,22 +13,16 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 
 import liera_mm
-from liera_mm.adapt import adapted_layers, range_report
+from liera_mm.adapt import adapted_layers
+from liera_mm.checkpoint import digest
+from liera_mm.engine.checkpoint import read_checkpoint
 from liera_mm.errors import SetupError
+from liera_mm.models.pretrained import decode_record
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'on_the_cpu')
 
 DIGITS = Path(__file__).parents[2] / 'configs/digits'
 HOOKS = [dict(type='LieRAHook')]
-
-
-@pytest.fixture(scope='module')
-def on_the_cpu():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('mmengine.device.utils.DEVICE', 'cpu')
-        # Half of the time of so short a training went into printing its config nicely
-        patch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **_: (text, True))
-        yield
 
 
 def clone(model):
@@ -48,7 +42,18 @@ def frozen_names(model):
 
 
 def load(path):
-    return torch.load(path, map_location='cpu', weights_only=False)
+    """A checkpoint, and the record of its backbone."""
+    checkpoint = read_checkpoint(path, 'cpu')
+    return checkpoint, decode_record(checkpoint['state_dict'].pop('backbone.liera_record'))
+
+
+def assert_same_as_stored(state, path):
+    """A model's state is that of a checkpoint, and the weights that the checkpoint leaves out are the ones it names."""
+    checkpoint, record = load(path)
+    left_out = {f'backbone.{name}' for name in record['fingerprint']}
+    assert left_out and state.keys() == checkpoint['state_dict'].keys() | left_out
+    assert not different({name: state[name] for name in checkpoint['state_dict']}, checkpoint['state_dict'])
+    assert all(digest(state[f'backbone.{name}']) == value for name, value in record['fingerprint'].items())
 
 
 class Spy(Hook):
@@ -124,15 +129,23 @@ def test_merged_in_validation_only(trained):
     assert different(states[1], states[2])
 
 
-def test_checkpoint_has_frozen_weights_and_adapters(trained):
-    assert not different(load(trained.checkpoint)['state_dict'], clone(trained.model))
+def test_checkpoint_leaves_out_the_frozen_weights(trained):
+    assert_same_as_stored(clone(trained.model), trained.checkpoint)
+    checkpoint, record = load(trained.checkpoint)
+    assert {f'backbone.{name}' for name in record['fingerprint']} == frozen_names(trained.model)
+    assert checkpoint['meta']['liera'] == dict(backbone=record)
+    assert record['liera'] == json.loads(json.dumps(trained.model.backbone.liera))
+    assert record['source'] == dict(
+        option='init_cfg', checkpoint='liera://mask-rcnn_convnextv2-mini_glyphs', prefix='backbone.')
+    assert record['version'] == liera_mm.__version__
+    assert trained.log.count('LieRA  checkpoints leave out 124 frozen tensors of backbone, which are those of liera://') == 1
 
 
 def test_reports(trained):
     assert trained.log.count(str(liera_mm.summary(trained.model))) == trained.log.count('adapted layers with') == 1
     reports = re.findall(r'LieRA  largest \|Δ\|: (\S+) in (\S+)  Δ <= -1: (\S+)%  zero weights: (\d+)', trained.log)
     assert len(reports) == 2
-    report = range_report(trained.model)
+    report = liera_mm.range_report(trained.model)
     assert reports[1] == (f'{report.max_delta:.4g}', report.max_delta_layer, '0.000', '0') != reports[0]
     scalars = [line for line in trained.scalars if 'liera/max_delta' in line]
     assert [line['step'] for line in scalars] == [1, 2]
@@ -272,40 +285,44 @@ def test_moving_average_and_best_checkpoint(make_runner):
     assert averaged and not averaged & frozen_names(runner.model)
     assert seen.merged and not different(seen.validated, seen.average)
     assert not different(seen.restored, seen.source) and not different(seen.restored_average, seen.average)
-    best = load(next(Path(runner.work_dir).glob('best_*.pth')))
-    assert not different(best['state_dict'], seen.average)
-    base = load(Path(runner.work_dir, 'epoch_1.pth'))['state_dict']
-    assert not different(base, best['state_dict'])
+    for path in (next(Path(runner.work_dir).glob('best_*.pth')), Path(runner.work_dir, 'epoch_1.pth')):
+        assert_same_as_stored(seen.average, path)
+        ema = {name[len('module.'):]: tensor for name, tensor in load(path)[0]['ema_state_dict'].items()
+               if name.startswith('module.') and not name.endswith('liera_record')}
+        assert not different(ema, {name: seen.source[name] for name in ema})
+    best = next(Path(runner.work_dir).glob('best_*.pth'))
+    for hooks in (HOOKS, [*HOOKS, dict(type='EMAHook', momentum=.1)]):
+        tested = make_runner(custom_hooks=hooks, load_from=str(best))
+        assert tested.test()['coco/bbox_mAP'] == read_checkpoint(best)['message_hub']['runtime_info']['best_score']
+        assert not different(clone(tested.model), seen.average)
 
 
-class Reseed(Hook):
-    """MMEngine's checkpoints don't hold the state of random numbers, which mmdet's samplers draw."""
-
-    def before_train_epoch(self, runner):
-        torch.manual_seed(runner.epoch)
-
-
-@pytest.mark.parametrize('method', ['lora', 'pissa', 'dora'])
-def test_resuming_continues(make_runner, method):
-    options = {'train_cfg.max_epochs': 2, 'train_cfg.val_interval': 9, 'model.backbone.liera.method': method}
+@pytest.mark.parametrize('options', [
+    {},
+    {'model.backbone.liera.method': 'pissa'},
+    {'model.backbone.liera.method': 'dora'},
+    {'model.backbone.drop_path_rate': .2},
+    {'custom_hooks': [*HOOKS, dict(type='EMAHook', momentum=.1)]},
+], ids=['lora', 'pissa', 'dora', 'drop_path', 'moving_average'])
+def test_resuming_continues(make_runner, options):
+    """Bit for bit, though it doesn't repeat the validation between the epochs."""
+    options = {'train_cfg.max_epochs': 2, **options}
     straight = make_runner(**options)
-    straight.register_hook(Reseed())
     straight.train()
-    resumed, spy = make_runner(**options, resume=True, load_from=f'{straight.work_dir}/epoch_1.pth'), Spy()
-    resumed.register_hook(Reseed())
-    resumed.register_hook(spy)
+    resumed = make_runner(**options, resume=True, load_from=f'{straight.work_dir}/epoch_1.pth')
     resumed.train()
-    assert not different(spy.states[0], load(f'{straight.work_dir}/epoch_1.pth')['state_dict'])
-    ours, theirs = clone(resumed.model), clone(straight.model)
-    assert different(spy.states[0], ours)
-    for name in theirs:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-6, msg=lambda text, name=name: name + text)
+    assert not different(clone(resumed.model), clone(straight.model))
+    ours, theirs = (read_checkpoint(f'{runner.work_dir}/epoch_2.pth') for runner in (resumed, straight))
+    for key in ('state_dict', 'ema_state_dict', 'optimizer', 'param_schedulers'):
+        torch.testing.assert_close(ours.get(key), theirs.get(key), rtol=0, atol=0)
+    (ours, ), (theirs, ) = ours['random_states'], theirs['random_states']
+    assert torch.equal(ours.pop('torch'), theirs.pop('torch')) and ours == theirs
 
 
 # Checkpoints to test or resume from
 
 def save_part(trained, tmp_path, keep, prefix=''):
-    checkpoint = load(trained.checkpoint)
+    checkpoint = read_checkpoint(trained.checkpoint, 'cpu')
     checkpoint['state_dict'] = {prefix + name: t for name, t in checkpoint['state_dict'].items() if keep(name)}
     torch.save(checkpoint, tmp_path / 'part.pth')
     return str(tmp_path / 'part.pth')
@@ -325,7 +342,7 @@ def test_testing_gives_the_metrics_of_training(make_runner, trained, tmp_path, p
 @pytest.mark.parametrize('run', ['test', 'val', 'resume'])
 @pytest.mark.parametrize('lacking, message', [
     ('.adapter.', r'lacks 68 tensors of this model \(68 of adapters\)'),
-    ('depthwise_conv.weight', r'lacks 10 tensors of this model \(0 of adapters\), among them backbone.stages.0.0.depthw'),
+    ('liera_record', r'lacks 124 tensors of this model \(0 of adapters\), among them backbone.downsample_layers.0.0.bias'),
     ('rpn_cls', r'lacks 2 tensors of this model \(0 of adapters\), among them rpn_head.rpn_cls.bias'),
 ])
 def test_checkpoint_of_a_part_is_refused(make_runner, trained, tmp_path, run, lacking, message):
