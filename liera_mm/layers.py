@@ -165,13 +165,14 @@ def effective_weights(layers: Sequence[nn.Module], dtype: Optional[torch.dtype] 
 
     Layers that are alike in shape and settings share every operation: a few launches on a GPU for a whole backbone.
     """
-    weights, groups = {}, {}
+    weights, groups, unmerged = {}, {}, []
     with torch.autocast(layers[0].weight.device.type, enabled=False):
         for layer in layers:
             result = dtype or layer.weight.dtype
             if not isinstance(layer, AdaptedLayer) or layer.merged:
                 weights[layer] = layer.weight.to(result)
                 continue
+            unmerged.append(layer)
             adapter, factors = layer.adapter, layer.adapter.factors()
             if factors is None:
                 weights[layer] = UPDATES[layer.update](at_least_float32(layer.weight), adapter())
@@ -183,10 +184,9 @@ def effective_weights(layers: Sequence[nn.Module], dtype: Optional[torch.dtype] 
         for (*_, update, scale, result), group in groups.items():
             a, b = zip(*group.values())
             weights.update(zip(group, moved_weights([layer.weight for layer in group], a, b, scale, update, result)))
-        for layer in layers:
-            if isinstance(layer, AdaptedLayer) and not layer.merged:
-                effective = layer.adapter.finish(weights[layer]).to(dtype or layer.weight.dtype)
-                weights[layer] = _in_format_of(layer.weight, effective)
+        for layer in unmerged:
+            effective = layer.adapter.finish(weights[layer]).to(dtype or layer.weight.dtype)
+            weights[layer] = _in_format_of(layer.weight, effective)
     return [weights[layer] for layer in layers]
 
 

@@ -1,0 +1,73 @@
+"""What of the benchmark runs without a GPU: its variants, its data, its table and pictures."""
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.model import BaseModel
+from mmengine.registry import DefaultScope
+
+ROOT = Path(__file__).parents[2]
+spec = importlib.util.spec_from_file_location('benchmark', ROOT / 'tools/benchmark.py')
+benchmark = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(benchmark)
+
+# Trainable parameters of the backbone 'atto', with factors of rank 2
+FACTORS, ALL = 226_392, 3_387_960
+TRAINABLE = dict.fromkeys(benchmark.VARIANTS, FACTORS) | {
+    'full': ALL, 'full fast': ALL, 'frozen': 0, 'frozen fast': 0, 'lora peft': 40_336}
+ROW = dict(ms=3., quartiles=[2., 4.], peak_gib=5., trainable_m=6., checkpoint_mib=7., **dict.fromkeys(benchmark.PARTS, .6))
+
+
+@pytest.fixture
+def build(monkeypatch):
+    monkeypatch.setattr(BaseModel, 'cuda', lambda self: self)
+    monkeypatch.setattr(benchmark, 'build_optim_wrapper', lambda model, cfg: cfg)
+    return lambda name: benchmark.build(name, 'atto', 2)
+
+
+@pytest.mark.parametrize('name', benchmark.VARIANTS)
+def test_variants_differ_in_what_their_names_say(build, name):
+    if name == 'lora peft':
+        pytest.importorskip('peft')
+    model, optim_wrapper = build(name)
+    setting = benchmark.VARIANTS[name]
+    assert sum(p.numel() for p in model.backbone.parameters() if p.requires_grad) == TRAINABLE[name]
+    assert model.backbone.fast == setting.get('fast', True)
+    assert model.backbone.stages[0][0].with_cp == setting.get('with_cp', False)
+    stock = setting.get('stock', False)
+    assert ('fused' in optim_wrapper.optimizer) != stock
+    assert (type(model.data_preprocessor).__name__ == 'DetDataPreprocessor') == stock
+    assert (type(model.rpn_head.sampler).__name__ == 'RandomSampler') == stock
+
+
+@pytest.mark.parametrize('name', ['full', 'lora loralib', 'liera fast'])
+def test_a_variant_has_a_loss(build, name):
+    model, _ = build(name)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        loss, _ = model.parse_losses(model(**model.data_preprocessor(benchmark.batch(1, 128), training=True), mode='loss'))
+    loss.backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+
+
+def test_batches_repeat_with_their_seed():
+    images = [benchmark.batch(2, 64, seed)['inputs'] for seed in (0, 0, 1)]
+    assert torch.equal(images[0][1], images[1][1]) and not torch.equal(images[0][1], images[2][1])
+
+
+def test_table_and_pictures(tmp_path):
+    rows = [dict(ROW, variant=name) for name in benchmark.VARIANTS]
+    header, *lines = benchmark.table(rows).splitlines()
+    assert [line[:26].strip() for line in lines] == list(benchmark.VARIANTS)
+    assert len({len(line) for line in (header, *lines)}) == 1
+    benchmark.draw_steps(rows, tmp_path / 'steps.png')
+    benchmark.draw_losses(dict(stock=[3., 2.], fast=[3., 2.1]), tmp_path / 'losses.png')
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ('steps.png', 'losses.png'))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+def test_says_what_it_needs(monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['benchmark.py'])
+    with pytest.raises(SystemExit, match='needs a CUDA device'):
+        benchmark.main()
