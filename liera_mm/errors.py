@@ -10,4 +10,7 @@ class SetupError(RuntimeError):
     """
 
     def __init__(self, problem: str, remedy: str):
-        super().__init__(f'{problem}\n{remedy}')
+        super().__init__(problem, remedy)
+
+    def __str__(self) -> str:
+        return '\n'.join(self.args)

@@ -192,6 +192,16 @@ def test_a_model_without_layers():
     assert_refused(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()), ValueError, 'no convolution and no linear layer')
 
 
+def test_nearest_target(net):
+    assert_refused(net, ValueError, r"'stage\.\*' matches no layer; did you mean 'stages\.\*'", targets=['stage.*'])
+
+
+@every_setting
+def test_weights_that_are_not_finite(net, method, update):
+    net.stages[1].pointwise_conv1.weight.data[0, 0] = torch.nan
+    assert_refused(net, ValueError, '^stages.1.pointwise_conv1: .*not finite', method=method, update=update)
+
+
 class Deformable(nn.Module):
     """As mmcv.ops.DeformConv2d: a convolution that is no nn.Conv2d."""
 

@@ -11,17 +11,20 @@ from mmengine.registry import MODELS, DefaultScope
 
 import liera_mm
 
+# isort: split
+from mmpretrain.models.backbones import ConvNeXt
+
 CONFIGS = Path(__file__).parents[1] / 'configs'
 COCO = sorted(path.stem for path in CONFIGS.glob('*.py'))
 DIGITS = sorted(path.stem for path in (CONFIGS / 'digits').glob('*.py'))
-BACKBONE = 87_694_592
+BACKBONES = dict(b=87_694_592, l=196_422_528, h=657_477_568)
 RANK_16, RANK_32 = 17_271_104, 34_542_208
 OUTPUT_CHANNELS = 110_208  # of all its kernels: the magnitudes of DoRA
 
-# What follows v2-b_ in the name of a config: trainable parameters of the backbone, update, method of depthwise kernels
+# What follows v2-b_ (v2- of others) in a name: trainable parameters of the backbone, update, method of depthwise kernels
 COCO_CONFIGS = {
     'frozen': (0, None, None),
-    'full': (BACKBONE, None, None),
+    'full': (BACKBONES['b'], None, None),
     'lora_r16': (RANK_16, 'additive', 'lora'),
     'lora_r32': (RANK_32, 'additive', 'lora'),
     'liera_r16': (RANK_16, 'taylor', 'lora'),
@@ -32,6 +35,8 @@ COCO_CONFIGS = {
     'pissa-liera_r16': (RANK_16, 'taylor', 'pissa'),
     'dora_r16': (RANK_16 + OUTPUT_CHANNELS, 'additive', 'dora'),
     'dora-liera_r16': (RANK_16 + OUTPUT_CHANNELS, 'taylor', 'dora'),
+    'l_liera_r16': (25_892_160, 'taylor', 'lora'),
+    'h_liera_r16': (47_444_800, 'taylor', 'lora'),
 }
 
 # What lies between v2-mini_ and _digits: the same
@@ -50,7 +55,8 @@ DIGITS_CONFIGS = {
 
 
 def variant(name):
-    return re.fullmatch(r'mask-rcnn_convnextv2-(?:b_(.*)|mini_(.*)_digits|mini_pretrain_glyphs)', name).expand(r'\1\2')
+    pattern = r'mask-rcnn_convnextv2-(?:b_(.*)|([lh]_.*)|mini_(.*)_digits|mini_pretrain_glyphs)'
+    return re.fullmatch(pattern, name).expand(r'\1\2\3')
 
 
 @functools.cache
@@ -100,7 +106,8 @@ def test_trainable_parameters_of_the_paper(build, name, linear):
     rows = liera_mm.summary(backbone)
     adapters = sum(row.trainable for row in rows)
     assert adapters == (expected if update else 0)
-    assert sum(p.numel() for p in backbone.parameters()) - adapters == BACKBONE
+    size = re.search('v2-([blh])_', name)[1]
+    assert sum(p.numel() for p in backbone.parameters()) - adapters == BACKBONES[size]
     assert {row.update for row in rows} == {update} - {None}
     assert {row.method for row in rows if row.kind == 'depthwise'} == {method} - {None}
     assert len(rows) == (4 + 3 * 36 if update else 0)
@@ -154,6 +161,39 @@ def test_coco_schedule(name):
     assert cfg.train_dataloader.batch_size == 4
     assert cfg.model.backbone.init_cfg.checkpoint.startswith('https://download.openmmlab.com/')
     assert cfg.custom_imports.imports == ['liera_mm']
+
+
+@pytest.mark.parametrize('size', ['l', 'h'])
+def test_larger_backbones_train_as_b(size):
+    ours, reference = (read(f'mask-rcnn_convnextv2-{size}_liera_r16').to_dict() for size in (size, 'b'))
+    arch = dict(l='large', h='huge')[size]
+    assert ours['model']['backbone'].pop('arch') == arch
+    assert reference['model']['backbone'].pop('arch') == 'base'
+    assert f'convnext-v2-{arch}_3rdparty-fcmae_in1k' in ours['model']['backbone']['init_cfg']['checkpoint']
+    for cfg in (ours, reference):
+        assert cfg.pop('checkpoint') == cfg['model']['backbone']['init_cfg'].pop('checkpoint')
+        assert cfg['model']['neck'].pop('in_channels') == ConvNeXt.arch_settings[
+            arch if cfg is ours else 'base']['channels']
+    assert ours == reference
+
+
+def documented_traffic():
+    rows = re.findall(r'^\| .*\(\.\./configs/(\S+)\.py\) \| ([\d,]+) \| ([\d,]+) \|$',
+                      (CONFIGS.parent / 'docs/distributed.md').read_text(), re.MULTILINE)
+    return [(name, *(int(number.replace(',', '')) for number in numbers)) for name, *numbers in rows]
+
+
+def test_what_is_documented_about_traffic(build):
+    """Gradients of all that trains, in single precision; engine/test_distributed.py shows that nothing else goes."""
+    assert len(documented_traffic()) == 6
+    for name, parameters, exchanged in documented_traffic():
+        assert trainable(build(read(name))) == parameters == exchanged / 4
+
+
+@pytest.mark.parametrize('name', COCO)
+def test_coco_in_several_processes(name):
+    wrapper = read(name).model_wrapper_cfg
+    assert not wrapper.broadcast_buffers and not wrapper.get('find_unused_parameters', False)
 
 
 @pytest.mark.parametrize('name', [name for name in DIGITS if name.endswith('digits')])

@@ -23,7 +23,8 @@ def LieRABackbone(backbone: Dict[str, Any], liera: Optional[Dict[str, Any]] = No
         The backbone itself, an instance of a subclass of its class.
     """
     model = MODELS.build(backbone)
-    model.__class__ = _pretrained_class(type(model))
+    if not isinstance(model, PretrainedBackbone):
+        model.__class__ = _pretrained_class(type(model))
     adapt_or_freeze(model, liera)
     return model
 

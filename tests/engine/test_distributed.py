@@ -1,0 +1,437 @@
+"""Two processes do what one does: the same gradients, checkpoints and metrics. On the CPU, over gloo."""
+import functools
+import json
+import math
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.model import BaseModel, is_model_wrapper
+from mmengine.registry import DATASETS, MODELS
+from torch import nn
+from yapf.yapflib import yapf_api
+
+from liera_mm.engine.checkpoint import read_checkpoint
+from liera_mm.engine.cli import build_runner, load_config
+from liera_mm.errors import SetupError
+
+ROOT = Path(__file__).parents[2]
+DIGITS_CONFIG = ROOT / 'configs/digits/mask-rcnn_convnextv2-mini_liera_digits.py'
+WRAPPER = Config.fromfile(ROOT / 'configs/_base_/mask-rcnn_convnextv2-b_coco.py').model_wrapper_cfg.to_dict()
+IMAGES = torch.rand(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+SETTINGS = {
+    'full': None,
+    'lora': dict(rank=2),
+    'norms': dict(rank=2, train_norm=True, train_bias=True),
+    'pissa': dict(rank=2, method='pissa'),
+    'dora': dict(rank=2, method='dora'),
+}
+
+
+@DATASETS.register_module()
+class Pictures(torch.utils.data.Dataset):
+    metainfo = {}
+
+    def __len__(self):
+        return len(IMAGES)
+
+    def __getitem__(self, index):
+        return dict(images=IMAGES[index], labels=torch.tensor(index % 3))
+
+
+@MODELS.register_module()
+class PictureClassifier(BaseModel):
+    """Whose loss is a mean over images, such that two halves of a batch have that of the batch as their mean."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone, self.head = MODELS.build(backbone), nn.Linear(192, 3)
+
+    def forward(self, images, labels, mode):
+        return dict(loss=F.cross_entropy(self.head(self.backbone(images)[-1].mean((2, 3))), labels))
+
+
+class Watch(Hook):
+    """Notes the tensors before training, the gradients of each step, and what is exchanged in the third step."""
+
+    def __init__(self):
+        self.start, self.gradients, self.traffic = {}, [], None
+
+    def before_train(self, runner):
+        self.start = state(runner)
+        named = [(name, p) for name, p in inner(runner.model).named_parameters() if p.requires_grad]
+        runner.optim_wrapper.optimizer.register_step_pre_hook(
+            lambda *_: self.gradients.append({name: p.grad.clone() for name, p in named}))
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == 2:
+            self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True)
+            self.profiler.start()
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if runner.iter == 2:
+            self.profiler.stop()
+            events = self.profiler.profiler.kineto_results.events()
+            self.traffic = [(event.name(), event.shapes()) for event in events if 'gloo:' in event.name()]
+
+
+def inner(model):
+    return model.module if is_model_wrapper(model) else model
+
+
+def state(runner):
+    return {name: tensor.clone() for name, tensor in inner(runner.model).state_dict().items()}
+
+
+# What runs in the processes; everything that these functions are given and return is pickled
+
+
+def classifier(work_dir, setting='lora', epochs=2, processes=1, **options):
+    """Config of a training of two steps an epoch, with 12 images a step in all processes together."""
+    full = SETTINGS[setting] is None
+    backbone = load_config(str(DIGITS_CONFIG)).model.backbone.to_dict()
+    backbone.update(drop_path_rate=options.pop('drop_path', 0.), out_indices=[3], liera=SETTINGS[setting])
+    if full:
+        backbone.pop('liera')
+        backbone['type'] = 'mmpretrain.ConvNeXt'
+    return Config(dict(
+        model=dict(type='PictureClassifier', backbone=backbone),
+        work_dir=str(work_dir),
+        experiment_name=f'{Path(work_dir).name}-{time.time_ns()}',  # MMEngine would share the visualizer of equal names
+        train_dataloader=dict(
+            dataset=dict(type='Pictures'), batch_size=12 // processes, sampler=dict(type='DefaultSampler', shuffle=True),
+            collate_fn=dict(type='default_collate')),
+        train_cfg=dict(by_epoch=True, max_epochs=epochs),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=.1, momentum=.9)),
+        param_scheduler=dict(type='LinearLR', start_factor=.5, by_epoch=False, end=4),
+        default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1)),
+        custom_hooks=[] if full else [dict(type='LieRAHook')],
+        model_wrapper_cfg=dict(WRAPPER),
+        randomness=dict(seed=0, diff_rank_seed=True),
+        launcher='pytorch' if processes > 1 else 'none',
+        **options))
+
+
+def train(rank, processes, work_dir, options, of_rank=()):
+    """Train a classifier; ``of_rank`` has further options for each process."""
+    watch = Watch()
+    runner = build_runner(classifier(work_dir, processes=processes, **options, **(of_rank[rank] if of_rank else {})))
+    runner.register_hook(watch)
+    runner.train()
+    return dict(start=watch.start, gradients=watch.gradients, traffic=watch.traffic, end=state(runner))
+
+
+def run_detector(rank, processes, what, work_dir, options):
+    """Train or test a detector on the digits; the number of steps, or the metrics."""
+    cfg = load_config(str(DIGITS_CONFIG), options)
+    cfg.update(work_dir=str(work_dir), experiment_name=f'{what}-{time.time_ns()}',
+               launcher='pytorch' if processes > 1 else 'none')
+    runner = build_runner(cfg)
+    return runner.test() if what == 'test' else runner.train() and runner.iter
+
+
+def in_process(function, rank, processes, port, args):
+    torch.set_num_threads(1)
+    yapf_api.FormatCode = lambda text, **_: (text, True)  # MMEngine prints its config nicely, for half of the time
+    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE=str(processes), RANK=str(rank),
+                      LOCAL_RANK=str(rank))
+    try:
+        return function(rank, processes, *args)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope='module')
+def run():
+    """A function that calls a function of the above in some processes, and gives what each of them returned."""
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['liera_mm.engine.cli', 'mmdet.apis'])
+
+    with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(2, context) as pool:
+        patch.setenv('CUDA_VISIBLE_DEVICES', '')
+
+        def call(function, processes, *args):
+            port = free_port()
+            futures = [pool.submit(in_process, function, rank, processes, port, args) for rank in range(processes)]
+            return [future.result(timeout=120) for future in futures]
+
+        yield call
+
+
+@pytest.fixture(scope='module')
+def trained(run, tmp_path_factory):
+    """A function that gives what one process, and each of two, did in a training with a setting."""
+
+    @functools.cache
+    def get(setting):
+        folders = [tmp_path_factory.mktemp(setting) for _ in range(2)]
+        (one, ), two = (run(train, processes, folder, dict(setting=setting))
+                        for processes, folder in zip((1, 2), folders))
+        return SimpleNamespace(one=one, two=two, folder_of_one=folders[0], folder_of_two=folders[1])
+
+    return get
+
+
+def detector_options(digits, **options):
+    """Options of a digits config for the tiny data set."""
+    steps = dict(train=2, val=1, test=1)
+    return {
+        'data_root': str(digits), 'train_cfg.max_epochs': 1, 'train_cfg.val_interval': 9,
+        **{f'{split}_dataloader.dataset.pipeline.{step}.scale': (64, 64) for split, step in steps.items()},
+        **{f'{split}_dataloader.{key}': value for split in steps
+           for key, value in dict(num_workers=0, persistent_workers=False).items()},
+        **options
+    }
+
+
+@pytest.fixture(scope='module')
+def detector(run, digits, tmp_path_factory):
+    """A detector that two processes have trained for two steps on images without objects."""
+    folder = tmp_path_factory.mktemp('detector')
+    annotations = json.loads((digits / 'annotations/instances_train2017.json').read_text())
+    (folder / 'none.json').write_text(json.dumps(dict(annotations, annotations=[])))
+    options = detector_options(digits, **{
+        'train_dataloader.dataset.ann_file': str(folder / 'none.json'), 'train_dataloader.batch_size': 1,
+        'train_dataloader.dataset.filter_cfg.filter_empty_gt': False, 'default_hooks.checkpoint.interval': 1})
+    return SimpleNamespace(iterations=run(run_detector, 2, 'train', folder, options), checkpoint=folder / 'epoch_1.pth')
+
+
+def assert_close(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-6, msg=lambda text, name=name: name + text)
+
+
+def assert_same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
+
+
+# Training
+
+
+@pytest.mark.parametrize('setting', SETTINGS)
+def test_two_processes_train_as_one(trained, setting):
+    """Half of the batch each; that their random numbers differ makes no difference."""
+    runs = trained(setting)
+    first, second = runs.two
+    assert_same(first['end'], second['end'])
+    assert len(runs.one['gradients']) == len(first['gradients']) == 4
+    for step in range(4):
+        assert_same(first['gradients'][step], second['gradients'][step])
+        assert_close(first['gradients'][step], runs.one['gradients'][step])
+    assert_close(first['end'], runs.one['end'])
+    moved = {name for name, tensor in first['end'].items() if not torch.equal(tensor, first['start'][name])}
+    assert moved == first['gradients'][0].keys()
+
+
+@pytest.mark.parametrize('setting', SETTINGS)
+def test_what_is_exchanged(trained, setting):
+    """In each step, the gradients of what trains in single precision, and nothing else."""
+    runs = trained(setting)
+    parameters = sum(gradient.numel() for gradient in runs.one['gradients'][0].values())
+    assert runs.one['traffic'] == []
+    for process in runs.two:
+        assert {name for name, _ in process['traffic']} == {'gloo:all_reduce'}
+        assert sum(math.prod(shape) for _, shapes in process['traffic'] for shape in shapes) == parameters
+
+
+@pytest.mark.parametrize('setting', ['pissa', 'dora'])
+def test_processes_start_with_the_tensors_of_the_first(run, tmp_path, setting):
+    """Even if they are given other weights, of which the starts of PiSSA and DoRA are computed."""
+    backbone = MODELS.build(classifier(tmp_path, 'full').model.backbone)
+    backbone.init_weights()
+    for rank in range(2):
+        weights = {f'backbone.{name}': tensor * (1 + rank / 10) for name, tensor in backbone.state_dict().items()}
+        torch.save(weights, tmp_path / f'{rank}.pth')
+    options = [dict(load_from=str(tmp_path / f'{rank}.pth')) for rank in range(2)]
+    first, second = run(train, 2, tmp_path / 'two', dict(setting=setting, epochs=1), options)
+    assert_same(first['start'], second['start'])
+    assert_same(first['end'], second['end'])
+    weight = 'backbone.stages.0.0.depthwise_conv.weight'
+    assert torch.equal(first['start'][weight], backbone.state_dict()[weight[len('backbone.'):]])
+
+
+def test_images_without_objects(detector):
+    """Every parameter gets a gradient, or DDP, which does not look for unused ones, refuses the next step."""
+    assert detector.iterations == [2, 2]
+
+
+# Checkpoints and logs
+
+
+def test_the_first_process_writes(trained):
+    """As much as one process alone does."""
+    runs = trained('lora')
+    ours, theirs = ([path for path in folder.rglob('*') if path.is_file()]
+                    for folder in (runs.folder_of_two, runs.folder_of_one))
+    assert sorted(path.name for path in ours if path.suffix == '.pth') == ['epoch_1.pth', 'epoch_2.pth']
+    assert len(ours) == len(theirs)
+    log, = (path.read_text() for path in ours if path.suffix == '.log')
+    for epoch in (1, 2):
+        assert log.count(f'Saving checkpoint at {epoch} epochs') == 1
+
+
+@pytest.mark.parametrize('before, after', [(1, 2), (2, 1), (2, 2)])
+def test_resuming_with_another_number_of_processes(run, trained, before, after):
+    runs = trained('lora')
+    checkpoint = (runs.folder_of_one if before == 1 else runs.folder_of_two) / 'epoch_1.pth'
+    resumed = run(train, after, runs.folder_of_one.parent / f'resumed-{before}-{after}',
+                  dict(resume=True, load_from=str(checkpoint)))
+    for process in resumed:
+        assert len(process['gradients']) == 2
+        assert_close(process['end'], runs.one['end'])
+
+
+def test_resumed_processes_draw_their_own_random_numbers(run, tmp_path):
+    """Bit for bit those that they would have drawn, where the number of processes is the same."""
+    options = dict(drop_path=.5)
+    straight = run(train, 2, tmp_path / 'straight', options)
+    resumed = run(train, 2, tmp_path / 'resumed',
+                  dict(options, resume=True, load_from=str(tmp_path / 'straight/epoch_1.pth')))
+    assert_same(resumed[0]['end'], straight[0]['end'])
+    first, second = read_checkpoint(tmp_path / 'resumed/epoch_2.pth')['random_states']
+    assert not torch.equal(first['torch'], second['torch'])
+
+
+def test_processes_that_would_resume_from_different_iterations(run, trained, tmp_path):
+    """As on nodes of which one does not see the work dir of the other."""
+    checkpoint = str(trained('lora').folder_of_two / 'epoch_1.pth')
+    with pytest.raises(SetupError, match='the processes would start at different iterations: 2, 0'):
+        run(train, 2, tmp_path, {}, [dict(resume=True, load_from=checkpoint), {}])
+
+
+# Metrics
+
+
+def test_metrics_of_uneven_shards(run, digits, detector, tmp_path):
+    """Three images for two processes: each counts once, to the last digit."""
+    annotations = json.loads((digits / 'annotations/instances_train2017.json').read_text())
+    annotations['images'].pop()
+    kept = {image['id'] for image in annotations['images']}
+    annotations['annotations'] = [one for one in annotations['annotations'] if one['image_id'] in kept]
+    (tmp_path / 'three.json').write_text(json.dumps(annotations))
+    options = detector_options(digits, **{
+        'test_dataloader.dataset.ann_file': str(tmp_path / 'three.json'),
+        'test_dataloader.dataset.data_prefix.img': 'train2017/',
+        'test_evaluator.ann_file': str(tmp_path / 'three.json'), 'model.test_cfg.rcnn.score_thr': 0.,
+        'load_from': str(detector.checkpoint)})
+    (one, ), (first, second) = (run(run_detector, processes, 'test', tmp_path, options) for processes in (1, 2))
+    assert first == second == one
+    assert len(kept) == 3 and one['coco/bbox_mAP'] > 0
+
+
+# The tools
+
+
+@pytest.fixture
+def tool(tmp_path):
+    """A function that runs a script with a stand-in for Python and srun, and gives the words that it was called with."""
+    for name in ('python', 'srun'):
+        (tmp_path / name).write_text('#!/bin/sh\nprintf "%s\\n" "$(basename $0)" "$@"\n')
+        (tmp_path / name).chmod(0o755)
+
+    def call(script, *args, status=0, **env):
+        env = dict(PATH=f'{tmp_path}:{os.environ["PATH"]}', **env)
+        result = subprocess.run([ROOT / 'tools' / script, *args], capture_output=True, text=True, env=env)
+        assert result.returncode == status
+        return result.stderr if status else result.stdout.split('\n')[:-1]
+
+    return call
+
+
+TORCHRUN = ['python', '-m', 'torch.distributed.run']
+
+
+def test_commands_of_one_node(tool):
+    where = ['--nnodes=1', '--node_rank=0', '--master_addr=127.0.0.1', '--master_port=29500', '--nproc_per_node=8']
+    assert tool('dist_train.sh', 'config.py', '8', '--cfg-options', 'a=b c') == [
+        *TORCHRUN, *where, f'{ROOT}/tools/train.py', 'config.py', '--launcher', 'pytorch', '--cfg-options', 'a=b c']
+    assert tool('dist_test.sh', 'config.py', 'epoch_12.pth', '8', '--tta') == [
+        *TORCHRUN, *where, f'{ROOT}/tools/test.py', 'config.py', 'epoch_12.pth', '--launcher', 'pytorch', '--tta']
+
+
+def test_commands_of_several_nodes(tool):
+    env = dict(NNODES='4', NODE_RANK='3', MASTER_ADDR='10.0.0.1', PORT='29501')
+    where = ['--nnodes=4', '--node_rank=3', '--master_addr=10.0.0.1', '--master_port=29501', '--nproc_per_node=8']
+    for script, words in (('dist_train.sh', ['config.py', '8']), ('dist_test.sh', ['config.py', 'epoch_12.pth', '8'])):
+        assert tool(script, *words, **env)[3:8] == where
+    assert tool('dist_train.sh', 'config.py', '8', MAX_RESTARTS='2', **env) == [
+        *TORCHRUN, '--nnodes=4', '--max_restarts=2', '--rdzv_backend=c10d', '--rdzv_endpoint=10.0.0.1:29501',
+        '--nproc_per_node=8', f'{ROOT}/tools/train.py', 'config.py', '--resume', '--launcher', 'pytorch']
+
+
+@pytest.mark.parametrize('script, words, runs', [
+    ('slurm_train.sh', ['config.py', 'out'], ['train.py', 'config.py', '--work-dir=out']),
+    ('slurm_test.sh', ['config.py', 'epoch_12.pth'], ['test.py', 'config.py', 'epoch_12.pth']),
+])
+def test_commands_of_slurm(tool, script, words, runs):
+    env = dict(GPUS='16', SRUN_ARGS='--qos high')
+    assert tool(script, 'gpu', 'job', *words, '--cfg-options', 'a=b c', **env) == [
+        'srun', '-p', 'gpu', '--job-name=job', '--gres=gpu:8', '--ntasks=16', '--ntasks-per-node=8', '--cpus-per-task=5',
+        '--kill-on-bad-exit=1', '--qos', 'high', 'python', '-u', f'{ROOT}/tools/{runs[0]}', *runs[1:], '--launcher=slurm',
+        '--cfg-options', 'a=b c']
+
+
+@pytest.mark.parametrize('script', ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh', 'slurm_test.sh'])
+def test_usage(tool, script):
+    assert tool(script, 'config.py', status=2).startswith(f'tools/{script} ')
+
+
+def worker(job, rank, restarts):
+    """Process id of a process that torchrun has started."""
+    for pid in Path(f'/proc/{job.pid}/task/{job.pid}/children').read_text().split():
+        if {f'RANK={rank}', f'TORCHELASTIC_RESTART_COUNT={restarts}'} <= {
+                *Path(f'/proc/{pid}/environ').read_text().split('\0')}:
+            return int(pid)
+    raise AssertionError(f'there is no process {rank}')
+
+
+@pytest.mark.skipif(not Path('/proc/self/environ').is_file(), reason='it finds processes in /proc')
+def test_a_killed_process(digits, tmp_path):
+    """The job restarts and goes on from the latest checkpoint; killed once more, it ends with an error that says why."""
+    options = detector_options(digits, **{'train_cfg.max_epochs': 99, 'default_hooks.checkpoint.interval': 1,
+                                          'default_hooks.checkpoint.max_keep_ckpts': 99})
+    words = [f'{key}={value}'.replace(' ', '') for key, value in options.items()]
+    env = dict(os.environ, PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}', OMP_NUM_THREADS='1',
+               CUDA_VISIBLE_DEVICES='', MAX_RESTARTS='1', PORT=str(free_port()))
+    work_dir, output = tmp_path / 'work_dir', tmp_path / 'output'
+    with open(output, 'w') as file:
+        job = subprocess.Popen([ROOT / 'tools/dist_train.sh', DIGITS_CONFIG, '2', '--work-dir', work_dir, '--cfg-options',
+                                *words], stdout=file, stderr=file, env=env)
+    try:
+        for restarts, epoch in enumerate((1, 4)):
+            deadline = time.time() + 90
+            while not (work_dir / f'epoch_{epoch}.pth').is_file():
+                assert job.poll() is None and time.time() < deadline, output.read_text()[-4000:]
+                time.sleep(.05)
+            os.kill(worker(job, 1, restarts), signal.SIGKILL)
+        assert job.wait(timeout=60) == 1
+    finally:
+        job.terminate()  # and with it the processes that it has started
+        job.wait()
+    text = output.read_text()
+    assert text.count(f'{work_dir} has no checkpoint to resume from: training from the beginning\n') == 1
+    assert re.findall(r'resumed epoch: (\d+)', text) in (['1'], ['2'], ['3'])
+    assert 'Signal 9 (SIGKILL) received by PID' in text and 'rank      : 1 (local_rank: 1)' in text
