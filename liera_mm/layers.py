@@ -179,7 +179,8 @@ def effective_weights(layers: Sequence[nn.Module], dtype: Optional[torch.dtype] 
                 continue
             if isinstance(adapter, Dora):  # which takes a norm of it
                 result = torch.promote_types(factors[0].dtype, layer.weight.dtype)
-            alike = (layer.weight.shape, layer.weight.dtype, factors[0].shape, layer.update, adapter.scale, result)
+            alike = (layer.weight.shape, layer.weight.dtype, layer.weight.device, factors[0].shape, factors[0].dtype,
+                     layer.update, adapter.scale, result)
             groups.setdefault(alike, {})[layer] = factors
         for (*_, update, scale, result), group in groups.items():
             a, b = zip(*group.values())

@@ -81,7 +81,7 @@ class LieRAHook(Hook):
                 "every tensor, for which method='dense' in overrides takes fewer parameters")
         self.frozen = invariants.frozen_digests(model)
         invariants.watch_first_step(model, runner.optim_wrapper, runner.logger)
-        self.watch_loss = model.register_forward_hook(invariants.stop_at_non_finite_loss, with_kwargs=True)
+        self.watch_loss = invariants.LossWatch(model, runner.optim_wrapper)
 
     def after_train(self, runner: Runner) -> None:
         self.watch_loss.remove()

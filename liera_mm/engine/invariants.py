@@ -1,7 +1,7 @@
 """What must hold before and during every training of an adapted model; LieRAHook checks it.
 
 During training that costs one hash of 1024 values of each frozen tensor an epoch, one look at the gradients of the first
-step, and one look at the losses an iteration, before they are propagated back.
+step, and one look at the losses an iteration, before the optimizer's step.
 """
 import logging
 from typing import Any, Dict, List, Optional, Tuple, Union
@@ -135,22 +135,48 @@ def watch_first_step(model: nn.Module, optim_wrapper: Union[OptimWrapper, OptimW
         optimizer.register_step_pre_hook(check)
 
 
-def stop_at_non_finite_loss(model: nn.Module, args: Tuple[Any, ...], kwargs: Dict[str, Any], losses: Any) -> None:
-    """A forward hook of a detector or classifier, which raises a SetupError if a loss is not finite.
+class LossWatch:
+    """Stops a training whose loss is not finite before a weight has moved by it, and names the layer.
 
-    Nothing has been propagated back by then: the weights are those that gave this loss, and the error names the layer.
+    The loss is looked at just before the optimizer's step; or before the next forward pass, if there was no step, as when
+    gradients are accumulated. By then it is long known: the host does not wait for the device.
     """
-    if not (model.training and isinstance(losses, dict)):
-        return
-    terms = {name: torch.stack([term.detach().float().mean() for term in ([value] if isinstance(value, Tensor) else value)])
-             for name, value in losses.items() if 'loss' in name}
-    if torch.cat([*terms.values()]).isfinite().all():
-        return
-    terms = [name for name, values in terms.items() if not values.isfinite().all()]
-    raise SetupError(
-        f'The loss is not finite ({", ".join(terms)}): {_where(model, args, kwargs)}',
-        'The last checkpoint is intact: continue from it (--resume) with a smaller learning rate or alpha, or with '
-        'optim_wrapper.clip_grad')
+
+    def __init__(self, model: nn.Module, optim_wrapper: Union[OptimWrapper, OptimWrapperDict]):
+        self.noted: Optional[Tuple[Any, ...]] = None
+        self.handles = [model.register_forward_pre_hook(self.check),
+                        model.register_forward_hook(self.note, with_kwargs=True)]
+        self.handles += [optimizer.register_step_pre_hook(self.check) for optimizer in _optimizers(optim_wrapper)]
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def note(self, model: nn.Module, args: Tuple[Any, ...], kwargs: Dict[str, Any], losses: Any) -> None:
+        """Forward hook of a detector or classifier."""
+        if not (model.training and isinstance(losses, dict)):
+            return
+        terms = [(name, term.detach().float().mean()) for name, value in losses.items() if 'loss' in name
+                 for term in ([value] if isinstance(value, Tensor) else value)]
+        finite, event = torch.stack([term for _, term in terms]).isfinite().to('cpu', non_blocking=True), None
+        if terms[0][1].is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+        self.noted = model, args, kwargs, [name for name, _ in terms], finite, event
+
+    def check(self, *_: Any) -> None:
+        if self.noted is None:
+            return
+        (model, args, kwargs, names, finite, event), self.noted = self.noted, None
+        if event is not None:
+            event.synchronize()
+        if finite.all():
+            return
+        names = dict.fromkeys(name for name, ok in zip(names, finite.tolist()) if not ok)
+        raise SetupError(
+            f'The loss is not finite ({", ".join(names)}): {_where(model, args, kwargs)}',
+            'The last checkpoint is intact: continue from it (--resume) with a smaller learning rate or alpha, or with '
+            'optim_wrapper.clip_grad')
 
 
 @torch.no_grad()
