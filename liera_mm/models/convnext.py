@@ -27,15 +27,16 @@ class LieRAConvNeXt(PretrainedBackbone, ConvNeXt):
 
     Args:
         liera: Arguments of :func:`liera_mm.adapt`; None for a backbone that is frozen and nothing else.
-        fast: Whether to use the fast forward pass. Norms other than ``LN2d`` and activations other than ``GELU`` never do.
+        fast: Whether to use the fast forward pass. Norms other than ``LN2d`` and activations other than the exact
+            ``GELU`` never do.
         **kwargs: Arguments of mmpretrain's ``ConvNeXt``.
     """
 
     def __init__(self, liera: Optional[Dict[str, Any]] = None, fast: bool = True, **kwargs):
         super().__init__(**kwargs)
         adapt_or_freeze(self, liera)
-        block = self.stages[0][0]
-        self.fast = fast and isinstance(block.norm, LayerNorm2d) and type(block.act) is nn.GELU
+        norm, act = self.stages[0][0].norm, self.stages[0][0].act
+        self.fast = fast and isinstance(norm, LayerNorm2d) and isinstance(act, nn.GELU) and act.approximate == 'none'
 
     def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
         if not self.fast:

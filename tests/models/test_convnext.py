@@ -122,7 +122,8 @@ def test_under_autocast_on_the_cpu():
     assert max(map(difference, outputs, expected)) < 2e-2
 
 
-@pytest.mark.parametrize('change, fast', [({}, True), (dict(fast=False), False), (dict(act_cfg=dict(type='ReLU')), False)])
+@pytest.mark.parametrize('change, fast', [({}, True), (dict(fast=False), False), (dict(act_cfg=dict(type='ReLU')), False),
+                                          (dict(act_cfg=dict(type='GELU', approximate='tanh')), False)])
 def test_is_used_where_it_is_wanted_and_possible(change, fast):
     assert build(dict(rank=2), **change).fast is fast
 
