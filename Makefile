@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 export PYTHONUNBUFFERED = 1
-export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .PHONY: demo test lint clean
 
