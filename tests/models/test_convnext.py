@@ -71,6 +71,19 @@ def test_every_method(method, update):
     assert_same(build(liera), torch.randn(2, 3, 32, 32, dtype=torch.float64), 1e-13)
 
 
+@pytest.mark.parametrize('update', ['additive', 'taylor', 'exp'])
+@pytest.mark.parametrize('method', ['lora', 'pissa', 'dora', 'dense'])
+def test_starts_bit_for_bit_as_the_frozen_network(method, update):
+    frozen, x = build(None, torch.float32).eval(), torch.randn(2, 3, 40, 70)
+    adapted = LieRAConvNeXt(
+        liera=dict(method=method, update=update, rank=2), arch=dict(depths=frozen.depths, channels=frozen.channels),
+        out_indices=[0, 1, 2, 3], gap_before_final_norm=False, **VERSIONS['v2']).eval()
+    missing, unexpected = adapted.load_state_dict(frozen.state_dict(), strict=False)
+    assert not unexpected and all('.adapter.' in name for name in missing)
+    assert frozen.fast and adapted.fast
+    assert all(map(torch.equal, adapted(x), frozen(x)))
+
+
 def test_of_some_layers_only():
     liera = dict(rank=2, targets=['depthwise', 'stages.2.1.*'], overrides=[dict(targets=['stages.2.1.*'], update='exp')])
     assert_same(build(liera), torch.randn(1, 3, 32, 32, dtype=torch.float64), 1e-13)
