@@ -1,3 +1,4 @@
 from .hook import LieRAHook
+from .sharding import FullyShardStrategy
 
-__all__ = ['LieRAHook']
+__all__ = ['FullyShardStrategy', 'LieRAHook']

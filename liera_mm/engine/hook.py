@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
 from mmengine.dist import all_gather_object, broadcast, get_rank, get_world_size
-from mmengine.hooks import CheckpointHook, Hook
+from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
-from mmengine.runner import Runner
+from mmengine.runner import FlexibleRunner, Runner
 from mmengine.runner.base_loop import BaseLoop
 from torch import nn
 from torch.utils.data import DataLoader
@@ -19,6 +19,7 @@ from ..report import range_report
 from . import invariants
 from .checkpoint import CheckpointWithoutBase, random_state, set_random_state
 from .data import check_categories, check_images
+from .sharding import FullyShardStrategy, gathered, in_shards
 
 
 @HOOKS.register_module()
@@ -47,6 +48,8 @@ class LieRAHook(Hook):
     def before_run(self, runner: Runner) -> None:
         if not any(isinstance(hook, CheckpointWithoutBase) for hook in runner.hooks):
             runner.register_hook(CheckpointWithoutBase())
+        if isinstance(runner, FlexibleRunner) and not isinstance(runner.strategy, FullyShardStrategy):
+            return  # MMEngine's strategies save where they like
         for hook in runner.hooks:
             local = '://' not in str(getattr(hook, 'out_dir', None) or runner.work_dir)
             if isinstance(hook, CheckpointHook) and local and not (hook.backend_args or hook.file_client_args):
@@ -79,6 +82,7 @@ class LieRAHook(Hook):
             runner.logger.warning(
                 f'LieRA  the rank is above the dimensions of {len(too_many)} layers, such as {too_many[0]}: their Δ can be '
                 "every tensor, for which method='dense' in overrides takes fewer parameters")
+        self._shard(runner)
         self.frozen = invariants.frozen_digests(model)
         invariants.watch_first_step(model, runner.optim_wrapper, runner.logger)
         self.watch_loss = invariants.LossWatch(model, runner.optim_wrapper)
@@ -104,7 +108,8 @@ class LieRAHook(Hook):
         invariants.check_frozen(model, self.frozen)
         if not summary(model):
             return
-        report = range_report(model)
+        with gathered(model):
+            report = range_report(model)
         runner.logger.info(f'LieRA  largest |Δ|: {report.max_delta:.4g} in {report.max_delta_layer}  '
                            f'Δ <= -1: {report.sign_change_share:.3%}  zero weights: {report.zero_weights}')
         runner.visualizer.add_scalars(
@@ -149,14 +154,25 @@ class LieRAHook(Hook):
                     'model.', remedy)
 
     def before_val_iter(self, runner: Runner, batch_idx: int, data_batch: Optional[Sequence] = None) -> None:
-        if batch_idx == 0:
-            merge(_unwrap(runner.model))
+        model = _unwrap(runner.model)
+        if batch_idx == 0 and not in_shards(model):
+            merge(model)
 
     def after_val_epoch(self, runner: Runner, metrics: Optional[dict] = None) -> None:
         unmerge(_unwrap(runner.model))
 
     before_test_iter = before_val_iter
     after_test_epoch = after_val_epoch
+
+    @staticmethod
+    def _shard(runner: Runner) -> None:
+        strategy = getattr(runner, 'strategy', None)
+        if not isinstance(strategy, FullyShardStrategy) or get_world_size() == 1:
+            return
+        if any(isinstance(hook, EMAHook) for hook in runner.hooks):
+            raise SetupError('EMAHook averages whole tensors, and FullyShardStrategy leaves none.',
+                             "Take EMAHook out of custom_hooks, or set strategy=dict(type='DDPStrategy')")
+        strategy.shard()
 
     @staticmethod
     def _check_data(dataloader: DataLoader) -> None:

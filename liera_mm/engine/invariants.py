@@ -18,6 +18,7 @@ from ..errors import SetupError
 from ..group import MULTIPLICATIVE
 from ..models.pretrained import pretrained_backbones
 from ..report import range_report
+from .sharding import in_shards, local
 
 SAMPLES = 1024  # of each frozen tensor
 
@@ -78,13 +79,17 @@ def ranks_above_dimensions(model: nn.Module) -> List[str]:
 
 
 def frozen_digests(model: nn.Module) -> Dict[str, str]:
-    """A hash of 1024 values of every frozen tensor of the backbones: their parameters, and what adapters keep fixed."""
+    """A hash of 1024 values of every frozen tensor of the backbones: their parameters, and what adapters keep fixed.
+
+    Of a sharded tensor, of 1024 values that this process holds.
+    """
     digests = {}
     for prefix, backbone in pretrained_backbones(model):
         parameters = dict(backbone.named_parameters())
         for name, tensor in backbone.state_dict().items():
             if not parameters[name].requires_grad if name in parameters else '.adapter.' in name:
-                digests[f'{prefix}.{name}'] = digest(tensor.flatten()[::tensor.numel() // SAMPLES | 1])
+                values = local(tensor).flatten()
+                digests[f'{prefix}.{name}'] = digest(values[::len(values) // SAMPLES | 1])
     return digests
 
 
@@ -185,6 +190,8 @@ def _where(model: nn.Module, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> s
     broken = _not_finite(model)
     if broken:
         return f'{broken[0]} has values that are not finite'
+    if in_shards(model):  # of which only all processes together could see more
+        return 'all weights are finite'
     for name, layer in adapted_layers(model):
         if not layer.effective_weight().isfinite().all():
             return f'the effective weight of {name} is not finite, with |Δ| up to {layer.adapter().abs().max():.4g}'
@@ -218,7 +225,7 @@ def _first_output_not_finite(model: nn.Module, args: Tuple[Any, ...], kwargs: Di
 
 def _not_finite(model: nn.Module) -> List[str]:
     return [name for name, tensor in model.state_dict().items()
-            if tensor.is_floating_point() and not tensor.isfinite().all()]
+            if tensor.is_floating_point() and not local(tensor).isfinite().all()]
 
 
 def _optimizers(optim_wrapper: Union[OptimWrapper, OptimWrapperDict]) -> List[Optimizer]:

@@ -74,12 +74,12 @@ class _Block(torch.autograd.Function):
         activated, squares = ops.gelu(hidden, bias1, grn_weight is not None)
         norms, gains = (None, None) if grn_weight is None else ops.response(squares, grn_weight, grn_eps)
         weights, shift = ops.scaled_weights(images, weight2, scale, gains, grn_bias)
-        projected = torch.bmm(activated, weights.mT)
-        out = ops.residual(x.view_as(projected), projected, bias2, shift, scale)
+        projected = torch.bmm(activated, weights.mT).view_as(x)
+        out = ops.residual(x, projected, bias2, shift, scale)
         ctx.save_for_backward(x, u, mean, rstd, hidden, norms, gains, weights, taps, norm_weight, norm_bias, weight1, bias1,
                               grn_weight, grn_bias, weight2, bias2, scale)
         ctx.grn_eps = grn_eps
-        return out.view_as(x)
+        return out
 
     @staticmethod
     @once_differentiable

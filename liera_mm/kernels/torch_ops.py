@@ -111,9 +111,9 @@ def weight_grad(products: Tensor, weight: Tensor, rows: Optional[Tensor], cols: 
 
 
 def residual(x: Tensor, z: Tensor, bias: Tensor, sums: Optional[Tensor], rows: Optional[Tensor]) -> Tensor:
-    """x + z + rows · (bias + sums): (N, T, C) twice, (C,), (parts, C) and (N, C)."""
+    """x + z + rows · (bias + sums): (N, H, W, C) twice, (C,), (parts, C) and (N, C)."""
     constants = bias if sums is None else bias + sums.sum(0)
-    return (x + z + (constants if rows is None else (constants * rows)[:, None])).to(z.dtype)
+    return (x + z + (constants if rows is None else (constants * rows)[:, None, None])).to(z.dtype)
 
 
 def depthwise(x: Tensor, taps: Tensor, bias: Optional[Tensor], add: Optional[Tensor], flip: bool) -> Tensor:

@@ -394,10 +394,11 @@ def _residual(x, z, bias, sums, rows, out, row_image, row_channel, tokens, C, pa
 
 
 def residual(x: Tensor, z: Tensor, bias: Tensor, sums: Optional[Tensor], rows: Optional[Tensor]) -> Tensor:
-    images, tokens, channels = z.shape
+    images, height, width, channels = x.shape
+    tokens = height * width
     bc = min(_power_of_2(channels), 256)
     bt = 4096 // bc
-    out = torch.empty_like(z)
+    out = torch.empty_like(x)
     _residual[(_cdiv(tokens, bt), _cdiv(channels, bc), images)](
         x, z, bias, bias if sums is None else sums, z if rows is None else rows, out, *_strides(rows), tokens, channels,
         0 if sums is None else len(sums), ROWS=rows is not None, BT=bt, BC=bc)

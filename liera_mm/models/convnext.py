@@ -1,9 +1,10 @@
 """ConvNeXt with adapted layers and a fast forward pass, for MMEngine's registry."""
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from mmcv.cnn.bricks import DropPath
+from mmengine.model import Sequential
 from mmengine.registry import MODELS
 from mmpretrain.models.backbones import ConvNeXt
 from mmpretrain.models.utils import LayerNorm2d
@@ -22,8 +23,8 @@ class LieRAConvNeXt(PretrainedBackbone, ConvNeXt):
     """ConvNeXt v1 or v2, frozen and adapted.
 
     The fast forward pass computes what mmpretrain's does, to rounding: with the channels last from the first layer to the
-    outputs, in the dtype of autocast throughout, with statistics in float32. It does not call the layers themselves, so
-    hooks on them do not run.
+    outputs, in the dtype of autocast throughout, with statistics in float32. It calls the stages, but not the layers in
+    them, so hooks on these do not run.
 
     Args:
         liera: Arguments of :func:`liera_mm.adapt`; None for a backbone that is frozen and nothing else.
@@ -35,6 +36,8 @@ class LieRAConvNeXt(PretrainedBackbone, ConvNeXt):
     def __init__(self, liera: Optional[Dict[str, Any]] = None, fast: bool = True, **kwargs):
         super().__init__(**kwargs)
         adapt_or_freeze(self, liera)
+        for stage in self.stages:
+            stage.__class__ = Stage
         norm, act = self.stages[0][0].norm, self.stages[0][0].act
         self.fast = fast and isinstance(norm, LayerNorm2d) and isinstance(act, nn.GELU) and act.approximate == 'none'
 
@@ -43,29 +46,36 @@ class LieRAConvNeXt(PretrainedBackbone, ConvNeXt):
             return super().forward(x)
         x, outs = x.to(autocast_dtype(x)).permute(0, 2, 3, 1), []
         with torch.autocast(x.device.type, enabled=False):
-            weights = iter(effective_weights(self._kernels(), x.dtype))
-            scales = iter(_path_scales([block for stage in self.stages for block in stage], x))
+            scales = _path_scales([block for stage in self.stages for block in stage], x)
             for i, stage in enumerate(self.stages):
                 for layer in self.downsample_layers[i]:
-                    x = _norm(layer, x) if isinstance(layer, LayerNorm2d) else _patch_conv(layer, next(weights), x)
-                for block in stage:
-                    args = block, next(weights), next(weights), next(weights), next(scales), x
-                    again = block.with_cp and torch.is_grad_enabled()
-                    x = checkpoint(_block, *args, use_reentrant=False) if again else _block(*args)
+                    x = _norm(layer, x) if isinstance(layer, LayerNorm2d) else _patch_conv(layer, x)
+                x, scales = stage(x, scales[:len(stage)]), scales[len(stage):]
                 if i in self.out_indices:
                     pooled = x.mean((1, 2), keepdim=True) if self.gap_before_final_norm else x
                     out = _norm(getattr(self, f'norm{i}'), pooled).permute(0, 3, 1, 2)
                     outs.append(out.flatten(1) if self.gap_before_final_norm else out)
         return tuple(outs)
 
-    def _kernels(self) -> List[nn.Module]:
-        """Convolutions and linear layers in the order of their use."""
-        layers = []
-        for downsample, stage in zip(self.downsample_layers, self.stages):
-            layers += [layer for layer in downsample if isinstance(layer, nn.Conv2d)]
-            for block in stage:
-                layers += [block.depthwise_conv, block.pointwise_conv1, block.pointwise_conv2]
-        return layers
+    @property
+    def units(self) -> Iterable[nn.Module]:
+        return self.stages
+
+
+class Stage(Sequential):
+    """The blocks of a stage. Given their scales, it runs the fast forward pass, on ``x`` of shape (N, H, W, C)."""
+
+    def forward(self, x: Tensor, scales: Optional[Sequence[Optional[Tensor]]] = None) -> Tensor:
+        if scales is None:
+            return super().forward(x)
+        kernels = [layer for block in self
+                   for layer in (block.depthwise_conv, block.pointwise_conv1, block.pointwise_conv2)]
+        weights = iter(effective_weights(kernels, x.dtype))
+        for block, scale in zip(self, scales):
+            args = block, next(weights), next(weights), next(weights), scale, x
+            again = block.with_cp and torch.is_grad_enabled()
+            x = checkpoint(_block, *args, use_reentrant=False) if again else _block(*args)
+        return x
 
 
 # The parts of the fast forward pass; x is (N, H, W, C) everywhere
@@ -75,8 +85,9 @@ def _norm(layer: LayerNorm2d, x: Tensor) -> Tensor:
     return fused.layer_norm(x, layer.weight, layer.bias, layer.eps)
 
 
-def _patch_conv(layer: nn.Conv2d, weight: Tensor, x: Tensor) -> Tensor:
+def _patch_conv(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """A convolution whose stride is its kernel size: one matrix product over patches."""
+    weight, = effective_weights([layer], x.dtype)
     k, channels = layer.kernel_size[0], x.shape[3]
     height, width = x.shape[1] // k, x.shape[2] // k
     x = x[:, :height * k, :width * k].unflatten(1, (height, k)).unflatten(3, (width, k))

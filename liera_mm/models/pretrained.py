@@ -2,7 +2,7 @@
 import json
 import re
 from importlib import resources
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import torch
 from mmengine.config import ConfigDict
@@ -108,6 +108,11 @@ class PretrainedBackbone:
                 f'{what}: {len(missing)} frozen tensors would stay random, among them {", ".join(missing[:3])}.',
                 "Check the backbone's arch and the checkpoint and prefix of its init_cfg=dict(type='Pretrained', ...), or "
                 'give a whole checkpoint as load_from.')
+
+    @property
+    def units(self) -> Iterable[nn.Module]:
+        """The parts that ``FullyShardStrategy`` gathers one by one: modules that the forward pass calls."""
+        return [self]
 
     def train(self, mode: bool = True) -> 'PretrainedBackbone':
         super().train(mode)  # that of mmdet's and mmpretrain's backbones returns None

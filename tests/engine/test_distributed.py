@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import re
 import signal
 import socket
@@ -27,6 +28,7 @@ from yapf.yapflib import yapf_api
 
 from liera_mm.engine.checkpoint import read_checkpoint
 from liera_mm.engine.cli import build_runner, load_config
+from liera_mm.engine.sharding import local
 from liera_mm.errors import SetupError
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +42,7 @@ SETTINGS = {
     'pissa': dict(rank=2, method='pissa'),
     'dora': dict(rank=2, method='dora'),
 }
+SHARDS = dict(runner_type='FlexibleRunner', strategy=dict(type='FullyShardStrategy'), env_cfg=dict())
 
 
 @DATASETS.register_module()
@@ -66,16 +69,19 @@ class PictureClassifier(BaseModel):
 
 
 class Watch(Hook):
-    """Notes the tensors before training, the gradients of each step, and what is exchanged in the third step."""
+    """Notes the tensors before training, the gradients of each step, and what is exchanged in the third step.
+
+    And how many numbers a process holds: of parameters, and in the optimizer's state.
+    """
 
     def __init__(self):
-        self.start, self.gradients, self.traffic = {}, [], None
+        self.start, self.gradients, self.traffic, self.held = {}, [], None, None
 
     def before_train(self, runner):
         self.start = state(runner)
         named = [(name, p) for name, p in inner(runner.model).named_parameters() if p.requires_grad]
         runner.optim_wrapper.optimizer.register_step_pre_hook(
-            lambda *_: self.gradients.append({name: p.grad.clone() for name, p in named}))
+            lambda *_: self.gradients.append({name: whole(p.grad) for name, p in named}))
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         if runner.iter == 2:
@@ -87,20 +93,28 @@ class Watch(Hook):
             self.profiler.stop()
             events = self.profiler.profiler.kineto_results.events()
             self.traffic = [(event.name(), event.shapes()) for event in events if 'gloo:' in event.name()]
+            momenta = [state['momentum_buffer'] for state in runner.optim_wrapper.optimizer.state.values()]
+            self.held = [sum(local(tensor).numel() for tensor in tensors)
+                         for tensors in (inner(runner.model).parameters(), momenta)]
 
 
 def inner(model):
     return model.module if is_model_wrapper(model) else model
 
 
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor.clone()
+
+
 def state(runner):
-    return {name: tensor.clone() for name, tensor in inner(runner.model).state_dict().items()}
+    return {name: whole(tensor) for name, tensor in inner(runner.model).state_dict().items()}
 
 
-# What runs in the processes; everything that these functions are given and return is pickled
+# What runs in the processes; everything that these functions are given and return is pickled. Not by multiprocessing,
+# which would keep a file open for every tensor
 
 
-def classifier(work_dir, setting='lora', epochs=2, processes=1, **options):
+def classifier(work_dir, setting='lora', epochs=2, processes=1, lr=.1, hooks=(), **options):
     """Config of a training of two steps an epoch, with 12 images a step in all processes together."""
     full = SETTINGS[setting] is None
     backbone = load_config(str(DIGITS_CONFIG)).model.backbone.to_dict()
@@ -116,10 +130,10 @@ def classifier(work_dir, setting='lora', epochs=2, processes=1, **options):
             dataset=dict(type='Pictures'), batch_size=12 // processes, sampler=dict(type='DefaultSampler', shuffle=True),
             collate_fn=dict(type='default_collate')),
         train_cfg=dict(by_epoch=True, max_epochs=epochs),
-        optim_wrapper=dict(optimizer=dict(type='SGD', lr=.1, momentum=.9)),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=lr, momentum=.9)),
         param_scheduler=dict(type='LinearLR', start_factor=.5, by_epoch=False, end=4),
         default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1)),
-        custom_hooks=[] if full else [dict(type='LieRAHook')],
+        custom_hooks=[*hooks] if full else [dict(type='LieRAHook'), *hooks],
         model_wrapper_cfg=dict(WRAPPER),
         randomness=dict(seed=0, diff_rank_seed=True),
         launcher='pytorch' if processes > 1 else 'none',
@@ -132,16 +146,21 @@ def train(rank, processes, work_dir, options, of_rank=()):
     runner = build_runner(classifier(work_dir, processes=processes, **options, **(of_rank[rank] if of_rank else {})))
     runner.register_hook(watch)
     runner.train()
-    return dict(start=watch.start, gradients=watch.gradients, traffic=watch.traffic, end=state(runner))
+    return dict(start=watch.start, gradients=watch.gradients, traffic=watch.traffic, held=watch.held, end=state(runner))
 
 
 def run_detector(rank, processes, what, work_dir, options):
-    """Train or test a detector on the digits; the number of steps, or the metrics."""
+    """Train, train and validate, or test a detector on the digits; the number of steps, or the metrics."""
     cfg = load_config(str(DIGITS_CONFIG), options)
     cfg.update(work_dir=str(work_dir), experiment_name=f'{what}-{time.time_ns()}',
                launcher='pytorch' if processes > 1 else 'none')
     runner = build_runner(cfg)
-    return runner.test() if what == 'test' else runner.train() and runner.iter
+    if what == 'test':
+        return runner.test()
+    runner.train()
+    scalars = {name[len('val/'):]: scalar.current() for name, scalar in runner.message_hub.log_scalars.items()
+               if name.startswith('val/coco/')}
+    return scalars if what == 'validate' else runner.iter
 
 
 def in_process(function, rank, processes, port, args):
@@ -150,7 +169,7 @@ def in_process(function, rank, processes, port, args):
     os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE=str(processes), RANK=str(rank),
                       LOCAL_RANK=str(rank))
     try:
-        return function(rank, processes, *args)
+        return pickle.dumps(function(rank, processes, *args))
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -174,21 +193,20 @@ def run():
         def call(function, processes, *args):
             port = free_port()
             futures = [pool.submit(in_process, function, rank, processes, port, args) for rank in range(processes)]
-            return [future.result(timeout=120) for future in futures]
+            return [pickle.loads(future.result(timeout=120)) for future in futures]
 
         yield call
 
 
 @pytest.fixture(scope='module')
 def trained(run, tmp_path_factory):
-    """A function that gives what one process, and each of two, did in a training with a setting."""
+    """A function that gives what one process, or each of two, did in a training with a setting, and where."""
 
     @functools.cache
-    def get(setting):
-        folders = [tmp_path_factory.mktemp(setting) for _ in range(2)]
-        (one, ), two = (run(train, processes, folder, dict(setting=setting))
-                        for processes, folder in zip((1, 2), folders))
-        return SimpleNamespace(one=one, two=two, folder_of_one=folders[0], folder_of_two=folders[1])
+    def get(setting, kind):
+        folder = tmp_path_factory.mktemp(f'{setting}-{kind}')
+        options = dict(setting=setting, **(SHARDS if kind == 'shards' else {}))
+        return SimpleNamespace(processes=run(train, 1 if kind == 'one' else 2, folder, options), folder=folder)
 
     return get
 
@@ -231,17 +249,20 @@ def assert_same(ours, theirs):
 # Training
 
 
-@pytest.mark.parametrize('setting', SETTINGS)
-def test_two_processes_train_as_one(trained, setting):
+KINDS = [(setting, kind) for setting in SETTINGS for kind in ('two', 'shards') if (setting, kind) != ('full', 'shards')]
+
+
+@pytest.mark.parametrize('setting, kind', KINDS)
+def test_two_processes_train_as_one(trained, setting, kind):
     """Half of the batch each; that their random numbers differ makes no difference."""
-    runs = trained(setting)
-    first, second = runs.two
+    one, = trained(setting, 'one').processes
+    first, second = trained(setting, kind).processes
     assert_same(first['end'], second['end'])
-    assert len(runs.one['gradients']) == len(first['gradients']) == 4
+    assert len(one['gradients']) == len(first['gradients']) == 4
     for step in range(4):
         assert_same(first['gradients'][step], second['gradients'][step])
-        assert_close(first['gradients'][step], runs.one['gradients'][step])
-    assert_close(first['end'], runs.one['end'])
+        assert_close(first['gradients'][step], one['gradients'][step])
+    assert_close(first['end'], one['end'])
     moved = {name for name, tensor in first['end'].items() if not torch.equal(tensor, first['start'][name])}
     assert moved == first['gradients'][0].keys()
 
@@ -249,12 +270,20 @@ def test_two_processes_train_as_one(trained, setting):
 @pytest.mark.parametrize('setting', SETTINGS)
 def test_what_is_exchanged(trained, setting):
     """In each step, the gradients of what trains in single precision, and nothing else."""
-    runs = trained(setting)
-    parameters = sum(gradient.numel() for gradient in runs.one['gradients'][0].values())
-    assert runs.one['traffic'] == []
-    for process in runs.two:
+    one, = trained(setting, 'one').processes
+    parameters = sum(gradient.numel() for gradient in one['gradients'][0].values())
+    assert one['traffic'] == []
+    for process in trained(setting, 'two').processes:
         assert {name for name, _ in process['traffic']} == {'gloo:all_reduce'}
         assert sum(math.prod(shape) for _, shapes in process['traffic'] for shape in shapes) == parameters
+
+
+def test_what_each_process_holds(trained):
+    """About half of every tensor, where they are in shards: some have an odd number of rows."""
+    whole, momenta = trained('lora', 'one').processes[0]['held']
+    assert trained('lora', 'two').processes[1]['held'] == [whole, momenta]
+    for process in trained('lora', 'shards').processes:
+        assert all(.45 < share / all_of_it < .55 for share, all_of_it in zip(process['held'], (whole, momenta)))
 
 
 @pytest.mark.parametrize('setting', ['pissa', 'dora'])
@@ -281,11 +310,11 @@ def test_images_without_objects(detector):
 # Checkpoints and logs
 
 
-def test_the_first_process_writes(trained):
+@pytest.mark.parametrize('kind', ['two', 'shards'])
+def test_the_first_process_writes(trained, kind):
     """As much as one process alone does."""
-    runs = trained('lora')
-    ours, theirs = ([path for path in folder.rglob('*') if path.is_file()]
-                    for folder in (runs.folder_of_two, runs.folder_of_one))
+    ours, theirs = ([path for path in trained('lora', number).folder.rglob('*') if path.is_file()]
+                    for number in (kind, 'one'))
     assert sorted(path.name for path in ours if path.suffix == '.pth') == ['epoch_1.pth', 'epoch_2.pth']
     assert len(ours) == len(theirs)
     log, = (path.read_text() for path in ours if path.suffix == '.log')
@@ -293,15 +322,15 @@ def test_the_first_process_writes(trained):
         assert log.count(f'Saving checkpoint at {epoch} epochs') == 1
 
 
-@pytest.mark.parametrize('before, after', [(1, 2), (2, 1), (2, 2)])
-def test_resuming_with_another_number_of_processes(run, trained, before, after):
-    runs = trained('lora')
-    checkpoint = (runs.folder_of_one if before == 1 else runs.folder_of_two) / 'epoch_1.pth'
-    resumed = run(train, after, runs.folder_of_one.parent / f'resumed-{before}-{after}',
-                  dict(resume=True, load_from=str(checkpoint)))
+@pytest.mark.parametrize('before', ['one', 'two', 'shards'])
+@pytest.mark.parametrize('after', ['one', 'two', 'shards'])
+def test_resuming_with_another_number_of_processes(run, trained, tmp_path, before, after):
+    checkpoint = trained('lora', before).folder / 'epoch_1.pth'
+    resumed = run(train, 1 if after == 'one' else 2, tmp_path,
+                  dict(resume=True, load_from=str(checkpoint), **(SHARDS if after == 'shards' else {})))
     for process in resumed:
         assert len(process['gradients']) == 2
-        assert_close(process['end'], runs.one['end'])
+        assert_close(process['end'], trained('lora', 'one').processes[0]['end'])
 
 
 def test_resumed_processes_draw_their_own_random_numbers(run, tmp_path):
@@ -317,9 +346,58 @@ def test_resumed_processes_draw_their_own_random_numbers(run, tmp_path):
 
 def test_processes_that_would_resume_from_different_iterations(run, trained, tmp_path):
     """As on nodes of which one does not see the work dir of the other."""
-    checkpoint = str(trained('lora').folder_of_two / 'epoch_1.pth')
+    checkpoint = str(trained('lora', 'two').folder / 'epoch_1.pth')
     with pytest.raises(SetupError, match='the processes would start at different iterations: 2, 0'):
         run(train, 2, tmp_path, {}, [dict(resume=True, load_from=checkpoint), {}])
+
+
+# Shards
+
+
+def test_checkpoints_of_shards(trained):
+    """What they hold, and how it is named, is the same as without shards."""
+    ours, theirs = (read_checkpoint(trained('lora', kind).folder / 'epoch_2.pth') for kind in ('shards', 'one'))
+    assert ours.keys() == theirs.keys()
+    assert_close(ours['state_dict'], theirs['state_dict'])
+    assert ours['optimizer']['param_groups'] == theirs['optimizer']['param_groups']
+    ours, theirs = ({number: state['momentum_buffer'] for number, state in checkpoint['optimizer']['state'].items()}
+                    for checkpoint in (ours, theirs))
+    assert_close(ours, theirs)
+
+
+def test_who_shards(run, tmp_path):
+    with pytest.raises(SetupError, match='nothing has sharded the model'):
+        run(train, 2, tmp_path, dict(setting='full', **SHARDS))
+
+
+@pytest.mark.parametrize('processes', [1, 2])
+def test_averages_of_shards(run, tmp_path, processes):
+    """EMAHook would copy shards to whole tensors; with one process there are none."""
+    options = dict(SHARDS, hooks=[dict(type='EMAHook')])
+    if processes == 1:
+        assert len(run(train, 1, tmp_path, options)[0]['gradients']) == 4
+    else:
+        with pytest.raises(SetupError, match='EMAHook averages whole tensors'):
+            run(train, 2, tmp_path, options)
+
+
+def test_a_loss_that_is_not_finite(run, tmp_path):
+    with pytest.raises(SetupError, match='The loss is not finite'):
+        run(train, 2, tmp_path, dict(SHARDS, lr=1e30))
+
+
+def test_a_detector_in_shards(run, digits, tmp_path):
+    """Its metrics after an epoch are those of its checkpoint without shards, and old checkpoints are removed."""
+    options = detector_options(digits, **{
+        **{f'{key}.type' if key == 'strategy' else key: value['type'] if key == 'strategy' else value
+           for key, value in SHARDS.items()},
+        'train_cfg.max_epochs': 2, 'train_cfg.val_interval': 2, 'default_hooks.checkpoint.interval': 1,
+        'model.test_cfg.rcnn.score_thr': 0.})
+    first, second = run(run_detector, 2, 'validate', tmp_path, options)
+    assert [path.name for path in tmp_path.glob('*.pth')] == ['epoch_2.pth']
+    options['load_from'] = str(tmp_path / 'epoch_2.pth')
+    alone, = run(run_detector, 1, 'test', tmp_path, options)
+    assert first == second == pytest.approx(alone, abs=1e-3) and alone['coco/bbox_mAP'] > 0
 
 
 # Metrics

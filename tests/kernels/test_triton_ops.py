@@ -98,9 +98,10 @@ def test_weights_of_every_image(images, channels, hidden, dtype):
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
-@pytest.mark.parametrize('images, tokens, channels', [(1, 1, 3), (2, 35, 300)])
-def test_residual(images, tokens, channels, dtype):
-    x, z = random(images, tokens, channels, dtype=dtype), random(images, tokens, channels, dtype=dtype)
+@pytest.mark.parametrize('shape', [(1, 1, 1, 3), (2, 5, 7, 300)])
+def test_residual(shape, dtype):
+    images, *_, channels = shape
+    x, z = random(*shape, dtype=dtype), random(*shape, dtype=dtype)
     for sums, rows in ((None, None), (random(3, channels), random(images, 1).expand(-1, channels))):
         agree('residual', dtype, x, z, random(channels), sums, rows)
 
