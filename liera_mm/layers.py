@@ -40,7 +40,8 @@ class AdaptedLayer:
 
     @property
     def merged(self) -> bool:
-        return self.unmerged_weight is not None
+        # Asked of every layer in every forward pass: this is a quarter of what going through nn.Module costs
+        return self._buffers['unmerged_weight'] is not None
 
     @property
     def untrained(self) -> bool:
@@ -168,19 +169,20 @@ def effective_weights(layers: Sequence[nn.Module], dtype: Optional[torch.dtype] 
     weights, groups, unmerged = {}, {}, []
     with torch.autocast(layers[0].weight.device.type, enabled=False):
         for layer in layers:
-            result = dtype or layer.weight.dtype
+            weight = layer.weight
+            result = dtype or weight.dtype
             if not isinstance(layer, AdaptedLayer) or layer.merged:
-                weights[layer] = layer.weight.to(result)
+                weights[layer] = weight.to(result)
                 continue
             unmerged.append(layer)
             adapter, factors = layer.adapter, layer.adapter.factors()
             if factors is None:
-                weights[layer] = UPDATES[layer.update](at_least_float32(layer.weight), adapter())
+                weights[layer] = UPDATES[layer.update](at_least_float32(weight), adapter())
                 continue
             if isinstance(adapter, Dora):  # which takes a norm of it
-                result = torch.promote_types(factors[0].dtype, layer.weight.dtype)
-            alike = (layer.weight.shape, layer.weight.dtype, layer.weight.device, factors[0].shape, factors[0].dtype,
-                     layer.update, adapter.scale, result)
+                result = torch.promote_types(factors[0].dtype, weight.dtype)
+            alike = (weight.shape, weight.dtype, weight.device, factors[0].shape, factors[0].dtype, layer.update,
+                     adapter.scale, result)
             groups.setdefault(alike, {})[layer] = factors
         for (*_, update, scale, result), group in groups.items():
             a, b = zip(*group.values())

@@ -174,6 +174,7 @@ def test_larger_backbones_train_as_b(size):
         assert cfg.pop('checkpoint') == cfg['model']['backbone']['init_cfg'].pop('checkpoint')
         assert cfg['model']['neck'].pop('in_channels') == ConvNeXt.arch_settings[
             arch if cfg is ours else 'base']['channels']
+    assert ours.pop('runner_type') == 'FlexibleRunner' and ours.pop('strategy') == dict(type='FullyShardStrategy')
     assert ours == reference
 
 

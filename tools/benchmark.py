@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from liera_mm.adapt import layer_kind
 from liera_mm.algebra import factor_shapes
+from liera_mm.engine.invariants import LossWatch
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / 'configs/mask-rcnn_convnextv2-b_liera_r16.py'
@@ -84,7 +85,8 @@ def hf_peft(backbone: nn.Module, rank: int) -> None:
 
 
 # What each changes in the backbone's config. Beside that: its update rule, whether all of it trains, what replaces its
-# layers, and whether the rest is as MMDetection has it (stock), without what our base config sets for speed.
+# layers, whether the loss is looked at as LieRAHook does (watched), and whether the rest is as MMDetection has it (stock),
+# without what our base config sets for speed.
 VARIANTS: Dict[str, Dict[str, Any]] = {
     'full': dict(stock=True, fast=False, trainable=True),
     'frozen': dict(stock=True, fast=False),
@@ -99,6 +101,7 @@ VARIANTS: Dict[str, Dict[str, Any]] = {
     'liera fast': dict(update='taylor'),
     'liera exp fast': dict(update='exp'),
     'liera fast with_cp': dict(update='taylor', with_cp=True),
+    'liera fast watched': dict(update='taylor', watched=True),
 }
 
 
@@ -116,6 +119,8 @@ class Variant:
         others = torch.cuda.memory_allocated()
         torch.manual_seed(0)
         self.model, self.optimizer = build(name, arch, rank)
+        if 'watched' in VARIANTS[name]:
+            LossWatch(self.model, self.optimizer)
         self.model.backbone.register_forward_hook(lambda *_: self._mark('backbone'))
         self.resident = torch.cuda.memory_allocated() - others
 
@@ -171,7 +176,7 @@ class Variant:
 def build(name: str, arch: str, rank: int):
     """The detector of a variant, on the card, and its optimizer."""
     setting = dict(VARIANTS[name])
-    replace, trainable, update = (setting.pop(key, None) for key in ('replace', 'trainable', 'update'))
+    replace, trainable, update, _ = (setting.pop(key, None) for key in ('replace', 'trainable', 'update', 'watched'))
     stock = setting.pop('stock', False)
     cfg = Config.fromfile(CONFIG)
     backbone = cfg.model.backbone
@@ -244,7 +249,7 @@ def inference(arch: str, rank: int, images: int, size: int, rounds: int) -> Dict
     x = torch.randn(images, 3, size, size, device='cuda')
     times = {name: [] for name in models}
     for turn in range(10 * rounds + 3):
-        for name, model in models.items():
+        for name, model in sorted(models.items(), reverse=turn % 2 == 1):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             with torch.no_grad(), torch.autocast('cuda', dtype=torch.float16):
                 model.eval()
@@ -259,15 +264,18 @@ def inference(arch: str, rank: int, images: int, size: int, rounds: int) -> Dict
 
 
 def trajectories(names: List[str], arch: str, rank: int, images: int, size: int, steps: int) -> Dict[str, List[float]]:
-    """Losses of each variant over the same steps: the same weights, batches and random numbers."""
+    """Losses of each variant over the same steps: the same weights, batches and random numbers.
+
+    The first is trained twice: how far it is from itself, since sums on the card are in no fixed order, is the noise.
+    """
     batches = [batch(images, size, seed) for seed in range(8)]
     losses = {}
-    for name in names:
+    for label, name in [*zip(names, names), (f'{names[0]} again', names[0])]:
         variant = Variant(name, arch, rank)
         for step in range(steps):
             torch.manual_seed(step)
             variant.step(batches[step % len(batches)])
-        losses[name] = variant.losses
+        losses[label] = variant.losses
         del variant
     return losses
 
@@ -365,6 +373,8 @@ def main() -> None:
         for name, times in result.items():
             low, median, high = statistics.quantiles(times, n=4)
             print(f'{name:12}{median:8.2f} ms  ({low:.2f}-{high:.2f})')
+        ratios = np.divide(result['merged'], result['unadapted'])
+        print('merged against unadapted, in turns: {:.4f}  ({:.4f}-{:.4f})'.format(*np.quantile(ratios, [.5, .25, .75])))
     elif args.kernels:
         result, draw = dict(ceilings=ceilings(), **kernels(args.variants, **problem)), None
         print('  '.join(f'{value:.2f} {unit}' for unit, value in result['ceilings'].items()))
@@ -374,8 +384,10 @@ def main() -> None:
             print('\n'.join(f'{ms:8.2f} ms {count:6.0f} x {key:.100}' for ms, count, key in times[:25]))
     elif args.trajectory:
         result, draw = trajectories(args.variants, **problem, steps=args.trajectory), draw_losses
+        first = result[args.variants[0]]
         for name, losses in result.items():
-            print(f'{name:20}', *(f'{statistics.mean(part):.4f}' for part in zip(*[iter(losses)] * 20)))
+            print(f'{name:20}', *(f'{statistics.mean(part):.4f}' for part in zip(*[iter(losses)] * 20)),
+                  f'  from the first: {statistics.mean(map(abs, np.subtract(losses, first))):.4f} on average')
     elif args.sweep:
         result = []
         for value in SWEEPS[args.sweep]:

@@ -66,8 +66,9 @@ def train(name: str, gpus: int, batch: int, steps: int, out: Path) -> List[Dict[
 def row(name: str, gpus: int, batch: int, log: List[Dict[str, float]]) -> Dict[str, Any]:
     timed = log[SKIPPED:]
     low, median, high = statistics.quantiles([entry['time'] for entry in timed], n=4)
+    data = statistics.median(entry['data_time'] for entry in timed)
     return dict(config=name, gpus=gpus, batch=batch, ms=1000 * median, low=1000 * low, high=1000 * high,
-                data_ms=1000 * statistics.median(entry['data_time'] for entry in timed), images_a_second=gpus * batch / median,
+                data_ms=1000 * data, images_a_second=gpus * batch / median,
                 memory_mib=max(entry['memory'] for entry in log), losses=[entry['loss'] for entry in log])
 
 

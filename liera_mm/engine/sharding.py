@@ -60,12 +60,11 @@ class FullyShardStrategy(DDPStrategy):
         optimizer = self.optim_wrapper.optimizer
         for group in optimizer.param_groups:
             group['params'] = [sharded[names[parameter]] for parameter in group['params']]
-        for parameter, state in list(optimizer.state.items()):
-            shard = sharded[names[parameter]]
+        for parameter in list(optimizer.state):
+            state, shard = optimizer.state.pop(parameter), sharded[names[parameter]]
             optimizer.state[shard] = {
                 key: distribute_tensor(value, mesh, shard.placements)
-                if isinstance(value, Tensor) and value.shape == shard.shape else value
-                for key, value in optimizer.state.pop(parameter).items()
+                if isinstance(value, Tensor) and value.shape == shard.shape else value for key, value in state.items()
             }
 
     def save_checkpoint(self,

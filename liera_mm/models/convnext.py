@@ -7,6 +7,7 @@ from mmcv.cnn.bricks import DropPath
 from mmengine.model import Sequential
 from mmengine.registry import MODELS
 from mmpretrain.models.backbones import ConvNeXt
+from mmpretrain.models.backbones.convnext import ConvNeXtBlock
 from mmpretrain.models.utils import LayerNorm2d
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -23,8 +24,8 @@ class LieRAConvNeXt(PretrainedBackbone, ConvNeXt):
     """ConvNeXt v1 or v2, frozen and adapted.
 
     The fast forward pass computes what mmpretrain's does, to rounding: with the channels last from the first layer to the
-    outputs, in the dtype of autocast throughout, with statistics in float32. It calls the stages, but not the layers in
-    them, so hooks on these do not run.
+    outputs, in the dtype of autocast throughout, with statistics in float32. It calls stages and blocks, but not the layers
+    in them, so hooks on these do not run.
 
     Args:
         liera: Arguments of :func:`liera_mm.adapt`; None for a backbone that is frozen and nothing else.
@@ -38,6 +39,8 @@ class LieRAConvNeXt(PretrainedBackbone, ConvNeXt):
         adapt_or_freeze(self, liera)
         for stage in self.stages:
             stage.__class__ = Stage
+            for block in stage:
+                block.__class__ = Block
         norm, act = self.stages[0][0].norm, self.stages[0][0].act
         self.fast = fast and isinstance(norm, LayerNorm2d) and isinstance(act, nn.GELU) and act.approximate == 'none'
 
@@ -59,23 +62,47 @@ class LieRAConvNeXt(PretrainedBackbone, ConvNeXt):
 
     @property
     def units(self) -> Iterable[nn.Module]:
-        return self.stages
+        return (block for stage in self.stages for block in stage)
 
 
 class Stage(Sequential):
-    """The blocks of a stage. Given their scales, it runs the fast forward pass, on ``x`` of shape (N, H, W, C)."""
+    """The blocks of a stage. Given what stochastic depth scales them by, it runs the fast forward pass."""
 
     def forward(self, x: Tensor, scales: Optional[Sequence[Optional[Tensor]]] = None) -> Tensor:
         if scales is None:
             return super().forward(x)
-        kernels = [layer for block in self
-                   for layer in (block.depthwise_conv, block.pointwise_conv1, block.pointwise_conv2)]
-        weights = iter(effective_weights(kernels, x.dtype))
-        for block, scale in zip(self, scales):
-            args = block, next(weights), next(weights), next(weights), scale, x
-            again = block.with_cp and torch.is_grad_enabled()
-            x = checkpoint(_block, *args, use_reentrant=False) if again else _block(*args)
+        weights = [None] * len(self)
+        if not hasattr(self[0], 'unshard'):  # as blocks in shards have, which are whole only while they compute
+            flat = iter(effective_weights([layer for block in self for layer in block.kernels], x.dtype))
+            weights = zip(flat, flat, flat)
+        for block, *args in zip(self, scales, weights):
+            x = block(x, *args)
         return x
+
+
+class Block(ConvNeXtBlock):
+    """A block. Given the scale of its branch, and its effective weights or None, it runs the fast forward pass."""
+
+    @property
+    def kernels(self) -> List[nn.Module]:
+        return [self.depthwise_conv, self.pointwise_conv1, self.pointwise_conv2]
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        if not args:
+            return super().forward(x)
+        again = self.with_cp and torch.is_grad_enabled()
+        return checkpoint(self._fast, x, *args, use_reentrant=False) if again else self._fast(x, *args)
+
+    def _fast(self, x: Tensor, scale: Optional[Tensor], weights: Optional[Sequence[Tensor]]) -> Tensor:
+        depthwise, pointwise1, pointwise2 = weights or effective_weights(self.kernels, x.dtype)
+        if self.gamma is not None:
+            scale = self.gamma.expand(len(x), -1) if scale is None else self.gamma * scale
+        elif scale is not None:
+            scale = scale.expand(-1, x.shape[3])
+        norm, grn = self.norm, self.grn
+        response = (None, None, 0.) if grn is None else (grn.gamma, grn.beta, grn.eps)
+        return fused.block(x, depthwise, self.depthwise_conv.bias, norm.weight, norm.bias, norm.eps, pointwise1.flatten(1),
+                           self.pointwise_conv1.bias, *response, pointwise2.flatten(1), self.pointwise_conv2.bias, scale)
 
 
 # The parts of the fast forward pass; x is (N, H, W, C) everywhere
@@ -109,15 +136,3 @@ def _path_scales(blocks: Sequence[nn.Module], x: Tensor) -> List[Optional[Tensor
     probabilities = x.new_tensor(keep).view(-1, 1, 1)
     scales = (draws.flatten(2) + probabilities).floor() / at_least_float32(probabilities)
     return [scale if probability < 1 else None for scale, probability in zip(scales, keep)]
-
-
-def _block(block: nn.Module, depthwise: Tensor, pointwise1: Tensor, pointwise2: Tensor, scale: Optional[Tensor],
-           x: Tensor) -> Tensor:
-    if block.gamma is not None:
-        scale = block.gamma.expand(len(x), -1) if scale is None else block.gamma * scale
-    elif scale is not None:
-        scale = scale.expand(-1, x.shape[3])
-    norm, grn = block.norm, block.grn
-    response = (None, None, 0.) if grn is None else (grn.gamma, grn.beta, grn.eps)
-    return fused.block(x, depthwise, block.depthwise_conv.bias, norm.weight, norm.bias, norm.eps, pointwise1.flatten(1),
-                       block.pointwise_conv1.bias, *response, pointwise2.flatten(1), block.pointwise_conv2.bias, scale)

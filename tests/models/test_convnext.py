@@ -127,7 +127,8 @@ def test_gradient_checkpointing_changes_nothing():
 
 
 def test_under_autocast_on_the_cpu():
-    model, x = build(dict(rank=2), torch.float32), torch.randn(2, 3, 64, 64)
+    # Without stochastic depth, whose draws differ between dtypes
+    model, x = build(dict(rank=2), torch.float32, drop_path_rate=0.), torch.randn(2, 3, 64, 64)
     expected = run(model, x, False)[0]
     with torch.autocast('cpu', dtype=torch.bfloat16):
         outputs = run(model, x, True)[0]
