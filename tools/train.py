@@ -47,7 +47,10 @@ def main() -> None:
     check_hook(cfg)
     check_data(cfg, ['train', 'val'])
     check_weights(cfg)
-    build_runner(cfg).train()
+    runner = build_runner(cfg)
+    runner.train()
+    # Ends the workers: at exit, torch would wait 5 s for each of those that persist and pin memory (pytorch issue 81794)
+    runner.train_dataloader._iterator = None
 
 
 if __name__ == '__main__':

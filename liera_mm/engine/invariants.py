@@ -161,7 +161,8 @@ class LossWatch:
         """Forward hook of a detector or classifier."""
         if not (model.training and isinstance(losses, dict)):
             return
-        terms = [(name, term.detach().float().mean()) for name, value in losses.items() if 'loss' in name
+        terms = [(name, term.detach().float().mean() if term.dim() else term.detach().float())
+                 for name, value in losses.items() if 'loss' in name
                  for term in ([value] if isinstance(value, Tensor) else value)]
         finite, event = torch.stack([term for _, term in terms]).isfinite().to('cpu', non_blocking=True), None
         if terms[0][1].is_cuda:

@@ -1,8 +1,11 @@
 """tools/train.py and tools/test.py, each in a process of its own."""
 import json
 import math
+import multiprocessing
 import pickle
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from mmdet.apis import inference_detector, init_detector
 from mmengine.registry import MODELS
 from pycocotools.mask import decode
 
+ROOT = Path(__file__).parents[2]
 DIGITS = 'configs/digits/mask-rcnn_convnextv2-mini_liera_digits.py'
 LOOKALIKE = 'configs/mask-rcnn_convnextv2-b_lier\u0430_r16.py'
 COCO = 'configs/mask-rcnn_convnextv2-b_liera_r16.py'
@@ -34,6 +38,18 @@ def metrics_of(work_dir):
 def test_training_prints_the_summary(trained):
     assert trained[2].count('34 adapted layers with 226,984 parameters') == 1
     assert 'LieRA  largest |Δ|: ' in trained[2]
+
+
+def test_no_worker_outlives_the_training(tmp_path, monkeypatch, tiny_options):
+    """At exit, torch would wait for each."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, 'argv', [
+        'train.py', DIGITS, '--work-dir', str(tmp_path), *tiny_options, 'train_dataloader.num_workers=2',
+        'train_dataloader.persistent_workers=True', 'train_cfg.val_interval=9'])
+    started, start = [], multiprocessing.Process.start
+    monkeypatch.setattr(multiprocessing.Process, 'start', lambda worker: started.append(worker) or start(worker))
+    runpy.run_path('tools/train.py')['main']()
+    assert len(started) == 2 and not any(worker.is_alive() for worker in started)
 
 
 @pytest.fixture(scope='module')
