@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Time and memory of a training step of Mask R-CNN with ConvNeXt-V2, for ways to train its backbone.
 
 All variants stay on the card, and take turns within one process: ratios between them are of one run, on one machine. Random
@@ -35,6 +36,12 @@ CONFIG = ROOT / 'configs/mask-rcnn_convnextv2-b_liera_r16.py'
 PARTS = ('data', 'backbone', 'rest', 'backward', 'optimizer')
 SWEEPS = dict(
     images=[1, 2, 4, 8], size=[512, 768, 1024, 1344], rank=[2, 8, 16, 32, 64], arch=['tiny', 'base', 'large', 'huge'])
+
+
+# Of the kernels of the fast blocks: how often a training step passes a tensor of the block's width through memory, where
+# the hidden one counts for four
+PASSES = dict(
+    _depthwise=5, _depthwise_weight_grad=2, _layer_norm=2, _layer_norm_grad=4, _gelu=16, _gelu_grad=12, _residual=3)
 
 
 class LoralibLinear(nn.Module):
@@ -302,6 +309,21 @@ def _seconds(call: Callable[[], Any]) -> float:
     return statistics.median(times[3:])
 
 
+def floors(arch: str, images: int, size: int, ceilings: Dict[str, float]) -> Dict[str, float]:
+    """Least milliseconds that the kernels of the fast blocks need: their bytes in half precision, or operations.
+
+    The six matrix products of a block and step multiply N·H·W tokens of C and 4·C channels.
+    """
+    settings = LieRAConvNeXt.arch_settings[arch]
+    numbers = operations = 0
+    for stage, (depth, channels) in enumerate(zip(settings['depths'], settings['channels'])):
+        tokens = images * (size // (4 << stage))**2
+        numbers += depth * tokens * channels
+        operations += depth * 6 * 2 * tokens * channels * 4 * channels
+    result = {name: 1000 * 2 * passes * numbers / (1e12 * ceilings['TB/s']) for name, passes in PASSES.items()}
+    return dict(result, **{'matrix products': 1000 * operations / (1e12 * ceilings['TFLOP/s'])})
+
+
 def kernels(names: List[str], arch: str, rank: int, images: int, size: int) -> Dict[str, Dict[str, List[float]]]:
     """For each variant, by kernel: milliseconds and launches of a step on the card."""
     data, result = batch(images, size), {}
@@ -378,6 +400,8 @@ def main() -> None:
     elif args.kernels:
         result, draw = dict(ceilings=ceilings(), **kernels(args.variants, **problem)), None
         print('  '.join(f'{value:.2f} {unit}' for unit, value in result['ceilings'].items()))
+        result['floors'] = floors(args.arch, args.images, args.size, result['ceilings'])
+        print('floors of fast blocks:', '  '.join(f'{name} {ms:.2f} ms' for name, ms in result['floors'].items()))
         for name in args.variants:
             times = sorted(((ms, count, key) for key, (ms, count) in result[name].items()), reverse=True)
             print(f'{name}: {sum(ms for ms, *_ in times):.1f} ms on the card')

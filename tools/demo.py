@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Train the digits detector with LieRA and with a frozen backbone, test both, and show what came out.
 
 Needs data/digits (tools/make_digits_coco.py). Writes demo/sheet.png, ground truth beside predictions, and prints a table.

@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """The table of methods on the digits: tools/digits_table.py [--seeds N] [--jobs N] [--out FOLDER].
 
 Trains and tests every variant with every seed, at the schedule of the configs, and writes FOLDER/table.md. Called again, it

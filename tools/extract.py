@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Find the adapter nearest to trained weights: tools/extract.py CONFIG CHECKPOINT OUT.
 
 CHECKPOINT is one of a full fine-tuning, or of tools/merge.py; CONFIG says which adapter is wanted and on which base. OUT is

@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Show what training did to each adapted layer: tools/inspect_adapter.py CHECKPOINT [CONFIG] [--out PNG].
 
 Prints a table and draws it: the rank of the weight's change, |Δ|, the error of the Taylor form, sign changes, and where the

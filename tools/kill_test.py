@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Kill trainings and resume them: tools/kill_test.py [--kills N].
 
 Half of the kills (SIGKILL) come at a random moment of the training, half at a random moment of saving a checkpoint. After

@@ -1,4 +1,5 @@
 #!/usr/bin/env python
+#!/usr/bin/env python
 """Write a small instance-segmentation data set in the exact layout of COCO 2017, without any download.
 
 Two worlds share one composer, which pastes sprites on backgrounds:

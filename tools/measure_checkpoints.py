@@ -1,4 +1,5 @@
-"""Sizes of checkpoints and adapter files, and the cost of switching adapters, for docs/checkpoints.md.
+#!/usr/bin/env python
+"""Sizes of checkpoints and adapter files, and what switching adapters and LieRAHook's checks cost, for the docs.
 
 tools/measure_checkpoints.py [--config CONFIG]: builds the detector with random weights; trains and downloads nothing.
 """
@@ -10,12 +11,15 @@ from typing import Dict
 
 import torch
 from mmengine.logging import MMLogger
+from mmengine.optim import OptimWrapper
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
 import liera_mm
 from liera_mm.engine.checkpoint import leave_out_base
 from liera_mm.engine.cli import load_config
+from liera_mm.engine.invariants import LossWatch, check_frozen, frozen_digests
+from liera_mm.report import range_report
 
 MIB = 2**20
 
@@ -66,12 +70,31 @@ def switching(backbone: nn.Module, count: int) -> None:
     print(f'memory of {count} merged backbones  {count * base / MIB:.0f} MiB')
 
 
+def checks(model: nn.Module) -> None:
+    """Time that LieRAHook's checks take: after each step, of the 14 terms of Mask R-CNN's loss, and after each epoch."""
+    watch = LossWatch(model, OptimWrapper(torch.optim.SGD(model.parameters(), lr=.1)))
+    losses = {f'loss_{i}': torch.tensor(1.) for i in range(14)}
+    model.train()
+    start = time.perf_counter()
+    for _ in range(1000):
+        watch.note(model, (), {}, losses)
+        watch.check()
+    seconds = (time.perf_counter() - start) / 1000
+    model.eval()
+    print(f'look at the losses of a step  {1000 * seconds:.2f} ms')
+    start = time.perf_counter()
+    check_frozen(model, frozen_digests(model))  # takes two of the hash, a training one an epoch
+    middle = time.perf_counter()
+    range_report(model)
+    print(f'hash of all frozen tensors  {(middle - start) / 2:.2f} s, report on all Δ  {time.perf_counter() - middle:.2f} s')
+
+
 def size(state: Dict[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description='Sizes of checkpoints, and the cost of switching adapters')
+    parser = argparse.ArgumentParser(description='Sizes of checkpoints, and the cost of switching adapters and of checks')
     parser.add_argument('--config', default='configs/mask-rcnn_convnextv2-b_liera_r16.py')
     parser.add_argument('--adapters', type=int, default=8)
     args = parser.parse_args()
@@ -86,6 +109,7 @@ def main() -> None:
         torch.save({f'backbone.{name}': tensor for name, tensor in liera_mm.export(model.backbone).items()}, base)
         model.backbone.init_weights()
         sizes(model, Path(folder))
+    checks(model)
     switching(model.backbone, args.adapters)
 
 

@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Throughput and losses of trainings on one GPU and on several: tools/measure_scaling.py [--gpus N] [--steps N].
 
 Runs tools/dist_train.sh at full size on data/digits (tools/make_digits_coco.py), from random backbone weights, one training
@@ -95,8 +96,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     init_default_scope('mmdet')
     random_weights(args.out / 'random.pth')
-    settings = [(name, gpus, args.batch) for name in args.configs for gpus in (1, args.gpus)]
-    settings.append((args.configs[0], args.gpus, args.batch // args.gpus))
+    first, *others = [[(name, gpus, args.batch) for gpus in (1, args.gpus)] for name in args.configs]
+    settings = [first[0], (args.configs[0], args.gpus, args.batch // args.gpus), *first[1:], *sum(others, [])]
     rows = []
     for name, gpus, batch in settings:
         rows.append(row(name, gpus, batch, train(name, gpus, batch, args.steps, args.out)))
@@ -105,8 +106,8 @@ def main() -> None:
         print(f'{name:12} {gpus} x {batch} images: {one["ms"]:6.1f} ms a step ({one["low"]:.1f}-{one["high"]:.1f}), '
               f'{one["data_ms"]:.1f} of them for data, {one["images_a_second"]:6.1f} images/s, '
               f'{one["images_a_second"] / alone["images_a_second"]:.2f} x', flush=True)
-    (args.out / 'scaling.json').write_text(json.dumps(rows, indent=1))
-    draw([rows[0], rows[-1]], args.out / 'losses.png')
+        (args.out / 'scaling.json').write_text(json.dumps(rows, indent=1))
+    draw([rows[0], rows[1]], args.out / 'losses.png')
 
 
 if __name__ == '__main__':

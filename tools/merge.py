@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Fold the perturbations into the weights: tools/merge.py CONFIG CHECKPOINT OUT.
 
 Writes a plain checkpoint OUT (.pth) and, beside it, a plain config (.py): stock MMDetection runs them without liera_mm.

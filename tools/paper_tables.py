@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Print the parameter counts of the COCO configs and of the models in the paper's Tables 1 to 4, beside the paper's own.
 
 Models are built from their configurations, without weights and without memory for them. A figure in M is the trainable

@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Make the weights that ship with the package, from a world of printed glyphs. Two stages, each run by name:
 
 1. ``dense``: backbone and neck learn to classify every pixel, on one GPU in about five minutes.

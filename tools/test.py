@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Evaluate a detector or classifier: tools/test.py CONFIG CHECKPOINT [options]."""
 import argparse
 import os.path as osp

@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Train a detector or classifier: tools/train.py CONFIG [options]."""
 import argparse
 import os

@@ -51,6 +51,16 @@ def test_a_variant_has_a_loss(build, name):
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
 
+def test_floors():
+    """One block of width 2 on one token, in the only stage that has any: 2 bytes a number, 192 operations a product."""
+    arch = dict(depths=[1, 0, 0, 0], channels=[2, 4, 8, 16])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(benchmark.LieRAConvNeXt.arch_settings, 'one', arch)
+        floors = benchmark.floors('one', 1, 4, {'TB/s': 1e-12, 'TFLOP/s': 1e-12})
+    assert floors == dict(benchmark.PASSES, **{'matrix products': 0}) | {
+        **{name: 1000 * 2 * passes * 2 for name, passes in benchmark.PASSES.items()}, 'matrix products': 1000 * 6 * 2 * 16}
+
+
 def test_batches_repeat_with_their_seed():
     images = [benchmark.batch(2, 64, seed)['inputs'] for seed in (0, 0, 1)]
     assert torch.equal(images[0][1], images[1][1]) and not torch.equal(images[0][1], images[2][1])
