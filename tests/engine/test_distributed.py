@@ -41,6 +41,7 @@ SETTINGS = {
     'norms': dict(rank=2, train_norm=True, train_bias=True),
     'pissa': dict(rank=2, method='pissa'),
     'dora': dict(rank=2, method='dora'),
+    'wrapped': dict(rank=2),
 }
 SHARDS = dict(runner_type='FlexibleRunner', strategy=dict(type='FullyShardStrategy'), env_cfg=dict())
 
@@ -110,8 +111,7 @@ def state(runner):
     return {name: whole(tensor) for name, tensor in inner(runner.model).state_dict().items()}
 
 
-# What runs in the processes; everything that these functions are given and return is pickled. Not by multiprocessing,
-# which would keep a file open for every tensor
+# What runs in the processes. What they return is pickled here, for multiprocessing would keep a file open for every tensor
 
 
 def classifier(work_dir, setting='lora', epochs=2, processes=1, lr=.1, hooks=(), **options):
@@ -122,6 +122,9 @@ def classifier(work_dir, setting='lora', epochs=2, processes=1, lr=.1, hooks=(),
     if full:
         backbone.pop('liera')
         backbone['type'] = 'mmpretrain.ConvNeXt'
+    if setting == 'wrapped':  # one unit of shards, where LieRAConvNeXt has one for each block
+        settings = backbone.pop('liera')
+        backbone = dict(type='LieRABackbone', backbone=dict(backbone, type='mmpretrain.ConvNeXt'), liera=settings)
     return Config(dict(
         model=dict(type='PictureClassifier', backbone=backbone),
         work_dir=str(work_dir),
