@@ -395,9 +395,9 @@ def test_a_detector_in_shards(run, digits, tmp_path):
         **{f'{key}.type' if key == 'strategy' else key: value['type'] if key == 'strategy' else value
            for key, value in SHARDS.items()},
         'train_cfg.max_epochs': 2, 'train_cfg.val_interval': 2, 'default_hooks.checkpoint.interval': 1,
-        'model.test_cfg.rcnn.score_thr': 0.})
+        'default_hooks.checkpoint.save_best': 'coco/bbox_mAP', 'model.test_cfg.rcnn.score_thr': 0.})
     first, second = run(run_detector, 2, 'validate', tmp_path, options)
-    assert [path.name for path in tmp_path.glob('*.pth')] == ['epoch_2.pth']
+    assert sorted(path.name for path in tmp_path.glob('*.pth')) == ['best_coco_bbox_mAP_epoch_2.pth', 'epoch_2.pth']
     options['load_from'] = str(tmp_path / 'epoch_2.pth')
     alone, = run(run_detector, 1, 'test', tmp_path, options)
     assert first == second == pytest.approx(alone, abs=1e-3) and alone['coco/bbox_mAP'] > 0
