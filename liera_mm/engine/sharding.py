@@ -89,7 +89,7 @@ class FullyShardStrategy(DDPStrategy):
             mmengine=mmengine.__version__ + get_git_hash())
         if callback is not None:
             callback(checkpoint)
-        save_checkpoint(checkpoint, filename, backend_args=dict(backend='checkpoints'))
+        save_checkpoint(checkpoint, filename, backend_args=None if '://' in filename else dict(backend='checkpoints'))
 
 
 def _refuse_to_train(model: nn.Module, *_: Any) -> None:
