@@ -117,7 +117,7 @@ def finish(runs: Sequence[Run], jobs: int) -> List[Run]:
                     print(f'{run.work_dir}: bbox mAP {test_metrics(run.work_dir)["coco/bbox_mAP"]:.3f}', flush=True)
     finally:
         for process in processes:
-            process.terminate()
+            os.killpg(process.pid, signal.SIGTERM)  # with its data workers, which would wait for it forever
         for process in processes:
             process.wait()
     return failed
@@ -125,7 +125,7 @@ def finish(runs: Sequence[Run], jobs: int) -> List[Run]:
 
 def start(run: Run) -> subprocess.Popen:
     with open(run.work_dir / 'output.txt', 'a') as output:
-        return subprocess.Popen(run.next_command(), stdout=output, stderr=subprocess.STDOUT,
+        return subprocess.Popen(run.next_command(), stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
                                 env=dict(os.environ, OMP_NUM_THREADS='1'))
 
 

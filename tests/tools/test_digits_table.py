@@ -125,15 +125,31 @@ def test_none_to_run(make_table, option):
         make_table(option, '0')
 
 
-def test_stopping_stops_the_runs(make_table, monkeypatch):
-    """A run that went on by itself would be written over by the next call."""
-    monkeypatch.setattr(tool, 'train_command', lambda *_: [sys.executable, '-c', 'import time; time.sleep(60)'])
-    monkeypatch.setattr(time, 'sleep', lambda _: signal.raise_signal(signal.SIGTERM))
+def alive(pid):
+    try:
+        return 'State:\tZ' not in Path(f'/proc/{pid}/status').read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_stopping_stops_the_runs(make_table, tmp_path, monkeypatch):
+    """And what they have started. A run that went on by itself would be written over by the next call."""
+    monkeypatch.setattr(tool, 'train_command', lambda config, work_dir, *_: [
+        'sh', '-c', 'sleep 60 & echo $! > $0/worker; wait', str(work_dir)])
+
+    def stop(seconds):
+        if sum(file.read_text() != '' for file in tmp_path.glob('*/*/worker')) == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(time, 'sleep', stop)
     processes, start = [], tool.start
     monkeypatch.setattr(tool, 'start', lambda run: processes.append(start(run)) or processes[-1])
     with pytest.raises(SystemExit, match='interrupted: call it again to go on'):
         make_table('--jobs', '2')
     assert [process.returncode for process in processes] == [-signal.SIGTERM] * 2
+    deadline = time.time() + 10
+    while any(map(alive, [int(file.read_text()) for file in tmp_path.glob('*/*/worker')])):
+        assert time.time() < deadline
 
 
 def test_real_runs(call, tmp_path, tiny_options):
