@@ -43,7 +43,7 @@ SETTINGS = {
     'dora': dict(rank=2, method='dora'),
     'wrapped': dict(rank=2),
 }
-SHARDS = dict(runner_type='FlexibleRunner', strategy=dict(type='FullyShardStrategy'), env_cfg=dict())
+SHARDS = dict(runner_type='FlexibleRunner', strategy=dict(type='FullyShardStrategy'))
 
 
 @DATASETS.register_module()
@@ -139,6 +139,7 @@ def classifier(work_dir, setting='lora', epochs=2, processes=1, lr=.1, hooks=(),
         custom_hooks=[*hooks] if full else [dict(type='LieRAHook'), *hooks],
         model_wrapper_cfg=dict(WRAPPER),
         randomness=dict(seed=0, diff_rank_seed=True),
+        env_cfg=dict(),
         launcher='pytorch' if processes > 1 else 'none',
         **options))
 
@@ -283,10 +284,10 @@ def test_what_is_exchanged(trained, setting):
 
 def test_what_each_process_holds(trained):
     """About half of every tensor, where they are in shards: some have an odd number of rows."""
-    whole, momenta = trained('lora', 'one').processes[0]['held']
-    assert trained('lora', 'two').processes[1]['held'] == [whole, momenta]
+    all_of_it = trained('lora', 'one').processes[0]['held']
+    assert trained('lora', 'two').processes[1]['held'] == all_of_it
     for process in trained('lora', 'shards').processes:
-        assert all(.45 < share / all_of_it < .55 for share, all_of_it in zip(process['held'], (whole, momenta)))
+        assert all(.45 < share / size < .55 for share, size in zip(process['held'], all_of_it))
 
 
 @pytest.mark.parametrize('setting', ['pissa', 'dora'])
@@ -392,9 +393,7 @@ def test_a_loss_that_is_not_finite(run, tmp_path):
 def test_a_detector_in_shards(run, digits, tmp_path):
     """Its metrics after an epoch are those of its checkpoint without shards, and old checkpoints are removed."""
     options = detector_options(digits, **{
-        **{f'{key}.type' if key == 'strategy' else key: value['type'] if key == 'strategy' else value
-           for key, value in SHARDS.items()},
-        'train_cfg.max_epochs': 2, 'train_cfg.val_interval': 2, 'default_hooks.checkpoint.interval': 1,
+        **SHARDS, 'train_cfg.max_epochs': 2, 'train_cfg.val_interval': 2, 'default_hooks.checkpoint.interval': 1,
         'default_hooks.checkpoint.save_best': 'coco/bbox_mAP', 'model.test_cfg.rcnn.score_thr': 0.})
     first, second = run(run_detector, 2, 'validate', tmp_path, options)
     assert sorted(path.name for path in tmp_path.glob('*.pth')) == ['best_coco_bbox_mAP_epoch_2.pth', 'epoch_2.pth']
