@@ -30,7 +30,8 @@ class LieRAHook(Hook):
       finite, and the annotations have the categories of the config. The summary table is logged once.
     - While training: the invariants of ``engine/invariants.py``, and that images can be read and are as annotated.
     - After each training epoch: the largest |Δ|, the share of Δ <= -1 under ``taylor``, zero weights that cannot move.
-    - During validation and testing the perturbations are merged into the weights; after it the weights are restored.
+    - During validation and testing the perturbations are merged into the weights; after it the weights are restored. Not
+      while the model is in shards (see ``engine/sharding.py``), which this hook makes of it after the checks.
     - Checkpoints leave out frozen weights that can be had again, and are never lost (see ``engine/checkpoint.py``).
     - A checkpoint to test or resume from must hold all the rest, and have been trained with the same settings.
     - A resumed training draws the random numbers that it would have drawn without the interruption, unless the number of
@@ -171,7 +172,7 @@ class LieRAHook(Hook):
             return
         if any(isinstance(hook, EMAHook) for hook in runner.hooks):
             raise SetupError('EMAHook averages whole tensors, and FullyShardStrategy leaves none.',
-                             "Take EMAHook out of custom_hooks, or set strategy=dict(type='DDPStrategy')")
+                             'Take EMAHook out of custom_hooks, or train without shards: --cfg-options runner_type=Runner')
         strategy.shard()
 
     @staticmethod

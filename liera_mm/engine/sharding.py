@@ -47,7 +47,7 @@ class FullyShardStrategy(DDPStrategy):
             from torch.distributed.tensor import distribute_tensor
         except ImportError:
             raise SetupError(f'FullyShardStrategy needs torch 2.6 or later; this is {torch.__version__}',
-                             "Install it, or set strategy=dict(type='DDPStrategy')") from None
+                             'Install it, or train without shards: --cfg-options runner_type=Runner') from None
         self.guard.remove()
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         mesh = init_device_mesh(get_device(), (get_world_size(), ))
@@ -95,8 +95,8 @@ class FullyShardStrategy(DDPStrategy):
 def _refuse_to_train(model: nn.Module, *_: Any) -> None:
     if model.training:
         raise SetupError('nothing has sharded the model: each process would train one of its own.',
-                         "LieRAHook does that: add custom_hooks = [dict(type='LieRAHook')], or set "
-                         "strategy=dict(type='DDPStrategy')")
+                         "LieRAHook does that: add custom_hooks = [dict(type='LieRAHook')], or train without shards: "
+                         '--cfg-options runner_type=Runner')
 
 
 def in_shards(model: nn.Module) -> bool:
