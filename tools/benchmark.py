@@ -6,14 +6,17 @@ weights and synthetic images, boxes and masks; the config's optimizer and mixed 
 """
 import argparse
 import copy
+import gc
 import json
 import statistics
 import sys
+import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Tuple
 
 import liera_mm
-from liera_mm.models import LieRAConvNeXt
+from liera_mm.engine.cli import load_config
+from liera_mm.models import DeviceMaskPreprocessor, LieRAConvNeXt
 
 # isort: split
 import matplotlib.pyplot as plt
@@ -22,8 +25,9 @@ import torch
 from mmdet.structures import DetDataSample
 from mmdet.structures.mask import BitmapMasks
 from mmengine.config import Config
-from mmengine.optim import build_optim_wrapper
+from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
@@ -91,16 +95,36 @@ def hf_peft(backbone: nn.Module, rank: int) -> None:
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(names)), backbone)
 
 
+@MODELS.register_module()
+class PinnedMaskPreprocessor(DeviceMaskPreprocessor):
+    """Copies the masks to pinned memory before they go to the device."""
+
+    def pad_gt_masks(self, batch_data_samples: List[DetDataSample]) -> None:
+        for sample in batch_data_samples:
+            masks = sample.gt_instances.masks
+            masks.masks = torch.from_numpy(masks.masks).pin_memory().numpy()
+        super().pad_gt_masks(batch_data_samples)
+
+
+# What our base config sets for speed, as MMDetection has it
+UNDONE: Dict[str, Dict[str, Any]] = {
+    'pageable': {'train_dataloader.pin_memory': False, 'model.data_preprocessor.non_blocking': False},
+    'DetDataPreprocessor': {'model.data_preprocessor.type': 'DetDataPreprocessor'},
+    'RandomSampler': {f'model.train_cfg.{stage}.sampler.type': 'RandomSampler' for stage in ('rpn', 'rcnn')},
+    'AdamW not fused': {'optim_wrapper.optimizer.fused': None},
+    '2 workers': {'train_dataloader.num_workers': 2},
+}
+STOCK = {key: value for options in UNDONE.values() for key, value in options.items()}
+
 # What each changes in the backbone's config. Beside that: its update rule, whether all of it trains, what replaces its
-# layers, whether the loss is looked at as LieRAHook does (watched), and whether the rest is as MMDetection has it (stock),
-# without what our base config sets for speed.
+# layers, other options of the config, and whether the loss is looked at as LieRAHook does (watched).
 VARIANTS: Dict[str, Dict[str, Any]] = {
-    'full': dict(stock=True, fast=False, trainable=True),
-    'frozen': dict(stock=True, fast=False),
-    'lora loralib': dict(stock=True, fast=False, replace=loralib),
-    'lora peft': dict(stock=True, fast=False, replace=hf_peft),
-    'liera': dict(stock=True, fast=False, update='taylor'),
-    'liera exp': dict(stock=True, fast=False, update='exp'),
+    'full': dict(options=STOCK, fast=False, trainable=True),
+    'frozen': dict(options=STOCK, fast=False),
+    'lora loralib': dict(options=STOCK, fast=False, replace=loralib),
+    'lora peft': dict(options=STOCK, fast=False, replace=hf_peft),
+    'liera': dict(options=STOCK, fast=False, update='taylor'),
+    'liera exp': dict(options=STOCK, fast=False, update='exp'),
     'liera config': dict(fast=False, update='taylor'),
     'full fast': dict(trainable=True),
     'frozen fast': dict(),
@@ -108,8 +132,19 @@ VARIANTS: Dict[str, Dict[str, Any]] = {
     'liera fast': dict(update='taylor'),
     'liera exp fast': dict(update='exp'),
     'liera fast with_cp': dict(update='taylor', with_cp=True),
-    'liera fast watched': dict(update='taylor', watched=True),
 }
+# LieRA as our configs have it, but for one of their settings
+SETTINGS: Dict[str, Dict[str, Any]] = {
+    'liera fast': VARIANTS['liera fast'],
+    'liera fast again': VARIANTS['liera fast'],
+    **{name: dict(update='taylor', options=options) for name, options in UNDONE.items()},
+    'pinned masks': dict(update='taylor', options={'model.data_preprocessor.type': 'PinnedMaskPreprocessor'}),
+    'cudnn_benchmark': dict(update='taylor', options={'env_cfg.cudnn_benchmark': True}),
+    'prefetch_factor 4': dict(update='taylor', options={'train_dataloader.prefetch_factor': 4}),
+    'workers end': dict(update='taylor', options={'train_dataloader.persistent_workers': False}),
+    'watched': dict(update='taylor', watched=True),
+}
+ALL = {**VARIANTS, **SETTINGS}
 
 
 class Variant:
@@ -121,23 +156,32 @@ class Variant:
         peak (int): Most bytes allocated during a step, without those of other variants.
     """
 
-    def __init__(self, name: str, arch: str, rank: int):
+    def __init__(self, name: str, arch: str, rank: int, **options: Any):
         self.name, self.times, self.losses, self.peak = name, [], [], 0
         others = torch.cuda.memory_allocated()
         torch.manual_seed(0)
-        self.model, self.optimizer = build(name, arch, rank)
-        if 'watched' in VARIANTS[name]:
+        self.cfg, self.model, self.optimizer = build(name, arch, rank, **options)
+        if 'watched' in ALL[name]:
             LossWatch(self.model, self.optimizer)
         self.model.backbone.register_forward_hook(lambda *_: self._mark('backbone'))
         self.resident = torch.cuda.memory_allocated() - others
 
-    def step(self, data: Dict[str, Any]) -> None:
-        data = copy.deepcopy(data)  # preprocessing changes it
-        if not VARIANTS[self.name].get('stock'):  # as the config's dataloader does
+    def repeat(self, data: Dict[str, Any]) -> None:
+        """A step on a copy of a batch, since preprocessing changes it, and the memory that it takes."""
+        data = copy.deepcopy(data)
+        if self.cfg.train_dataloader.pin_memory:
             data['inputs'] = [image.pin_memory() for image in data['inputs']]
-        torch.cuda.synchronize()
         others = torch.cuda.memory_allocated() - self.resident
         torch.cuda.reset_peak_memory_stats()
+        self.step(data)
+        self.peak = max(self.peak, torch.cuda.max_memory_allocated() - others)
+        del data
+        gc.collect()  # or it would be freed within another variant's step, and lower that one's peak
+        self.resident = torch.cuda.memory_allocated() - others
+
+    def step(self, data: Dict[str, Any]) -> None:
+        torch.backends.cudnn.benchmark = self.cfg.env_cfg.cudnn_benchmark
+        torch.cuda.synchronize()
         self.marks = {}
         self._mark('start')
         inputs = self.model.data_preprocessor(data, training=True)
@@ -155,53 +199,45 @@ class Variant:
         times = [self.marks[part] for part in ('start', *PARTS)]
         self.times.append({part: a.elapsed_time(b) for part, a, b in zip(PARTS, times, times[1:])})
         self.losses.append(loss.item())
-        self.peak = max(self.peak, torch.cuda.max_memory_allocated() - others)
-        del inputs, losses, loss
-        self.resident = torch.cuda.memory_allocated() - others
 
     def _mark(self, part: str) -> None:
         self.marks[part] = torch.cuda.Event(enable_timing=True)
         self.marks[part].record()
 
     def row(self) -> Dict[str, Any]:
-        """The figures of the table: medians in ms, quartiles of the whole step, sizes in GiB, MiB and millions."""
+        """Medians of the steps' times in ms, and the quartiles of the whole step."""
         totals = [sum(step.values()) for step in self.times]
         low, _, high = statistics.quantiles(totals, n=4)
+        parts = {part: statistics.median(step[part] for step in self.times) for part in PARTS}
+        return dict(variant=self.name, ms=statistics.median(totals), quartiles=[low, high], **parts)
+
+    def sizes(self) -> Dict[str, float]:
+        """Peak of the memory in GiB, parameters that train in millions, and what a checkpoint holds of the model in MiB."""
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         frozen = {id(p) for p in self.model.parameters() if not p.requires_grad}
         saved = [t for t in self.model.state_dict(keep_vars=True).values() if id(t) not in frozen]
         return dict(
-            variant=self.name,
-            ms=statistics.median(totals),
-            quartiles=[low, high],
-            **{part: statistics.median(step[part] for step in self.times) for part in PARTS},
             peak_gib=self.peak / 2**30,
             trainable_m=sum(p.numel() for p in trainable) / 1e6,
             checkpoint_mib=sum(t.numel() * t.element_size() for t in saved) / 2**20)
 
 
-def build(name: str, arch: str, rank: int):
-    """The detector of a variant, on the card, and its optimizer."""
-    setting = dict(VARIANTS[name])
-    replace, trainable, update, _ = (setting.pop(key, None) for key in ('replace', 'trainable', 'update', 'watched'))
-    stock = setting.pop('stock', False)
-    cfg = Config.fromfile(CONFIG)
-    backbone = cfg.model.backbone
-    backbone.update(arch=arch, init_cfg=None, liera=update and dict(rank=rank, alpha=2 * rank, update=update), **setting)
-    if stock:
-        cfg.model.data_preprocessor.update(type='DetDataPreprocessor', non_blocking=False)
-        cfg.optim_wrapper.optimizer.pop('fused')
-        for stage in ('rpn', 'rcnn'):
-            cfg.model.train_cfg[stage].sampler.type = 'RandomSampler'
+def build(name: str, arch: str, rank: int, **options: Any) -> Tuple[Config, nn.Module, OptimWrapper]:
+    """Our config for COCO as a variant has it, with other options, and its detector on the card, with an optimizer."""
+    setting = ALL[name]
+    cfg = load_config(str(CONFIG), {**setting.get('options', {}), **options})
+    liera = dict(rank=rank, alpha=2 * rank, update=setting['update']) if 'update' in setting else None
+    cfg.model.backbone.update(
+        arch=arch, init_cfg=None, liera=liera, **{key: setting[key] for key in ('fast', 'with_cp') if key in setting})
     cfg.model.neck.in_channels = LieRAConvNeXt.arch_settings[arch]['channels']
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         model = MODELS.build(cfg.model)
-        if replace:
-            replace(model.backbone, rank)
-        if trainable:
+        if 'replace' in setting:
+            setting['replace'](model.backbone, rank)
+        if 'trainable' in setting:
             model.backbone.requires_grad_(True)
         model.cuda().train()
-        return model, build_optim_wrapper(model, cfg.optim_wrapper)
+        return cfg, model, build_optim_wrapper(model, cfg.optim_wrapper)
 
 
 def batch(images: int, size: int, seed: int = 0) -> Dict[str, Any]:
@@ -230,28 +266,53 @@ def measure(names: List[str], arch: str, rank: int, images: int, size: int, roun
     for name in names:
         variants.append(Variant(name, arch, rank))
         for _ in range(3):
-            variants[-1].step(data)
+            variants[-1].repeat(data)
         variants[-1].times.clear()
     for _ in range(rounds):
         for variant in variants:
             for _ in range(3):
+                variant.repeat(data)
+    return [{**variant.row(), **variant.sizes()} for variant in variants]
+
+
+def measure_settings(names: List[str], data_root: str, arch: str, rank: int, images: int,
+                     rounds: int) -> List[Dict[str, Any]]:
+    """Rows of the variants, each fed by its own dataloader, from ``rounds`` turns of an epoch each.
+
+    In ``wait``, the milliseconds that a step waits for its batch, and in ``first``, those that the first of an epoch does.
+    """
+    options = {'data_root': data_root, 'train_dataloader.batch_size': images}
+    variants = [Variant(name, arch, rank, **options) for name in names]
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        loaders = [Runner.build_dataloader(variant.cfg.train_dataloader, seed=0) for variant in variants]
+    waits = [[] for _ in names]
+    for turn in range(rounds + 1):
+        for variant, loader, epochs in zip(variants, loaders, waits):
+            epochs.append([])
+            asked = time.perf_counter()
+            for data in loader:
+                epochs[-1].append(1000 * (time.perf_counter() - asked))
                 variant.step(data)
-    return [variant.row() for variant in variants]
+                asked = time.perf_counter()
+            if turn == 0:  # kernels are compiled, and workers start
+                variant.times.clear()
+                epochs.clear()
+    return [dict(variant.row(), wait=statistics.median(sum((epoch[1:] for epoch in epochs), [])),
+                 first=statistics.median(epoch[0] for epoch in epochs)) for variant, epochs in zip(variants, waits)]
 
 
 def table(rows: List[Dict[str, Any]]) -> str:
-    lines = [f'{"variant":26}{"ms/step":>9}{"quartiles":>16}' + ''.join(f'{part:>11}' for part in PARTS)
-             + f'{"peak GiB":>10}{"train M":>9}{"saved MiB":>11}']
-    for row in rows:
-        quartiles = '{:.1f}-{:.1f}'.format(*row['quartiles'])
-        lines.append(f'{row["variant"]:26}{row["ms"]:9.1f}{quartiles:>16}' + ''.join(f'{row[part]:11.1f}' for part in PARTS)
-                     + f'{row["peak_gib"]:10.2f}{row["trainable_m"]:9.2f}{row["checkpoint_mib"]:11.1f}')
-    return '\n'.join(lines)
+    """The rows under their names."""
+    def cell(value: Any) -> str:
+        return value if isinstance(value, str) else '-'.join(f'{number:.2f}' for number in np.atleast_1d(value))
+
+    lines = [list(rows[0]), *(map(cell, row.values()) for row in rows)]
+    return '\n'.join(f'{name:26}' + ''.join(f'{value:>15}' for value in values) for name, *values in lines)
 
 
 def inference(arch: str, rank: int, images: int, size: int, rounds: int) -> Dict[str, List[float]]:
     """Milliseconds of a forward pass of the backbone and neck: unadapted, and adapted but merged."""
-    models = {'unadapted': build('frozen fast', arch, rank)[0], 'merged': build('liera fast', arch, rank)[0]}
+    models = {'unadapted': build('frozen fast', arch, rank)[1], 'merged': build('liera fast', arch, rank)[1]}
     liera_mm.merge(models['merged'])
     x = torch.randn(images, 3, size, size, device='cuda')
     times = {name: [] for name in models}
@@ -281,7 +342,7 @@ def trajectories(names: List[str], arch: str, rank: int, images: int, size: int,
         variant = Variant(name, arch, rank)
         for step in range(steps):
             torch.manual_seed(step)
-            variant.step(batches[step % len(batches)])
+            variant.repeat(batches[step % len(batches)])
         losses[label] = variant.losses
         del variant
     return losses
@@ -330,10 +391,10 @@ def kernels(names: List[str], arch: str, rank: int, images: int, size: int) -> D
     for name in names:
         variant = Variant(name, arch, rank)
         for _ in range(3):
-            variant.step(data)
+            variant.repeat(data)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             for _ in range(3):
-                variant.step(data)
+                variant.repeat(data)
         averages = [event for event in profile.key_averages() if event.self_device_time_total and '#' not in event.key]
         result[name] = {event.key: [event.self_device_time_total / 3000, event.count / 3] for event in averages}
         del variant
@@ -370,7 +431,8 @@ def draw_losses(losses: Dict[str, List[float]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--variants', nargs='+', default=list(VARIANTS), choices=list(VARIANTS), metavar='NAME')
+    parser.add_argument('--variants', nargs='+', choices=list(ALL), metavar='NAME',
+                        help=f'default: {", ".join(VARIANTS)}; of --settings: {", ".join(SETTINGS)}')
     parser.add_argument('--arch', default='base', choices=list(LieRAConvNeXt.arch_settings), metavar='NAME')
     parser.add_argument('--rank', type=int, default=16)
     parser.add_argument('--images', type=int, default=4, help='images a batch')
@@ -380,10 +442,13 @@ def main() -> None:
     parser.add_argument('--png', type=Path, help='draw them to this file')
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument('--sweep', choices=list(SWEEPS), help='one table for each value of this setting')
+    instead.add_argument('--settings', metavar='DATA_ROOT',
+                         help='time steps with single settings changed instead, fed from this folder in the layout of COCO')
     instead.add_argument('--inference', action='store_true', help='time the forward pass, unadapted and merged, instead')
     instead.add_argument('--kernels', action='store_true', help='where the time of a step on the card goes, instead')
     instead.add_argument('--trajectory', type=int, metavar='STEPS', help='train each variant on the same data instead')
     args = parser.parse_args()
+    args.variants = args.variants or list(SETTINGS if args.settings else VARIANTS)
     if not torch.cuda.is_available():
         sys.exit('tools/benchmark.py needs a CUDA device.')
     print(f'{torch.cuda.get_device_name()}, torch {torch.__version__}, ConvNeXt-V2 {args.arch}, rank {args.rank}, '
@@ -397,6 +462,10 @@ def main() -> None:
             print(f'{name:12}{median:8.2f} ms  ({low:.2f}-{high:.2f})')
         ratios = np.divide(result['merged'], result['unadapted'])
         print('merged against unadapted, in turns: {:.4f}  ({:.4f}-{:.4f})'.format(*np.quantile(ratios, [.5, .25, .75])))
+    elif args.settings:
+        result, draw = measure_settings(
+            args.variants, args.settings, args.arch, args.rank, args.images, args.rounds), None
+        print(table(result))
     elif args.kernels:
         result, draw = dict(ceilings=ceilings(), **kernels(args.variants, **problem)), None
         print('  '.join(f'{value:.2f} {unit}' for unit, value in result['ceilings'].items()))
