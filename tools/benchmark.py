@@ -30,6 +30,7 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
+from tqdm import tqdm, trange
 
 from liera_mm.adapt import layer_kind
 from liera_mm.algebra import factor_shapes
@@ -268,7 +269,7 @@ def measure(names: List[str], arch: str, rank: int, images: int, size: int, roun
         for _ in range(3):
             variants[-1].repeat(data)
         variants[-1].times.clear()
-    for _ in range(rounds):
+    for _ in trange(rounds):
         for variant in variants:
             for _ in range(3):
                 variant.repeat(data)
@@ -287,7 +288,7 @@ def measure_settings(names: List[str], data_root: str, arch: str, rank: int, ima
         loaders = [Runner.build_dataloader(variant.cfg.train_dataloader, seed=0) for variant in variants]
     waits = [[] for _ in names]
     for turn in range(rounds + 1):
-        for variant, loader, epochs in zip(variants, loaders, waits):
+        for variant, loader, epochs in tqdm(list(zip(variants, loaders, waits)), f'turn {turn} of {rounds}'):
             epochs.append([])
             asked = time.perf_counter()
             for data in loader:

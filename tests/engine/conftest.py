@@ -49,7 +49,8 @@ def make_runner(digits, tmp_path_factory):
         cfg.param_scheduler = None
         cfg.merge_from_dict(options)
         cfg.work_dir = str(tmp_path_factory.mktemp('work_dir'))
-        cfg.experiment_name = f'test_{next(count)}'  # MMEngine would share the visualizer of equal names
+        # MMEngine would share what goes by one name
+        cfg.experiment_name = cfg.visualizer.name = f'test_{next(count)}'
         return Runner.from_cfg(cfg)
 
     return make

@@ -229,7 +229,7 @@ class CpuAutocast(OptimWrapper):
     {'model.backbone.drop_path_rate': .2},
     {'optim_wrapper.accumulative_counts': 2},
     {'optim_wrapper.type': 'CpuAutocast'},
-    {'optim_wrapper': dict(_delete_=True, type='AmpOptimWrapper', optimizer=dict(type='SGD', lr=.01))},
+    {'optim_wrapper': dict(_delete_=True, type='AmpOptimWrapper', loss_scale=128., optimizer=dict(type='SGD', lr=.01))},
 ], ids=lambda options: '-'.join(map(str, [*options][0].split('.')[-1:] + [*options.values()]))[:40])
 def test_variants_train(make_runner, monkeypatch, options):
     if 'optim_wrapper' in options:
@@ -316,7 +316,9 @@ def test_resuming_continues(make_runner, options):
     for key in ('state_dict', 'ema_state_dict', 'optimizer', 'param_schedulers'):
         torch.testing.assert_close(ours.get(key), theirs.get(key), rtol=0, atol=0)
     (ours, ), (theirs, ) = ours['random_states'], theirs['random_states']
-    assert torch.equal(ours.pop('torch'), theirs.pop('torch')) and ours == theirs
+    for device in ('torch', 'cuda'):
+        torch.testing.assert_close(ours.pop(device, None), theirs.pop(device, None))
+    assert ours == theirs
 
 
 # Checkpoints to test or resume from
