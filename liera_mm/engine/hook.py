@@ -7,7 +7,7 @@ from mmengine.dist import all_gather_object, broadcast, get_rank, get_world_size
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
-from mmengine.runner import FlexibleRunner, Runner
+from mmengine.runner import EpochBasedTrainLoop, FlexibleRunner, Runner
 from mmengine.runner.base_loop import BaseLoop
 from torch import nn
 from torch.utils.data import DataLoader
@@ -36,7 +36,8 @@ class LieRAHook(Hook):
     - A checkpoint to test or resume from must hold all the rest, and have been trained with the same settings.
     - A resumed training draws the random numbers that it would have drawn without the interruption, unless the number of
       processes is another.
-    - All processes of a training begin with the tensors of the first, at the same iteration.
+    - All processes of a training begin with the tensors of the first, at the same iteration. The log says how long it will
+      take from there, also if an epoch has more or fewer iterations than before it was resumed.
     """
     # Evaluation starts after, and ends before, the swap of weights by EMAHook and the checkpoint of CheckpointHook.
     priority = 'HIGH'
@@ -64,6 +65,9 @@ class LieRAHook(Hook):
                 'LieRAHook found no adapted backbone in the model.',
                 'Set its type to LieRAConvNeXt or LieRABackbone with liera=dict(...), or take the hook out of custom_hooks')
         _start_together(runner, model)
+        loop = runner.train_loop
+        if isinstance(loop, EpochBasedTrainLoop):
+            loop._max_iters = loop.iter + (loop.max_epochs - loop.epoch) * len(loop.dataloader)
         model.train()  # as the loop will: here a backbone's own frozen_stages freezes what is in them, adapters too
         for name, backbone in backbones:
             backbone.check_base(f'{name} has frozen weights that were never loaded')

@@ -321,6 +321,15 @@ def test_resuming_continues(make_runner, options):
     assert ours == theirs
 
 
+@pytest.mark.parametrize('batch', [1, 2, 4])
+def test_the_time_that_is_left_counts_the_iterations_of_the_resumed_training(make_runner, trained, batch):
+    resumed = make_runner(**{'train_cfg.max_epochs': 3, 'train_dataloader.batch_size': batch}, resume=True,
+                          load_from=str(trained.checkpoint))
+    resumed.train()
+    assert resumed.iter == resumed.max_iters == 4 + 4 / batch
+    assert resumed.message_hub.get_info('eta') == 0
+
+
 # Checkpoints to test or resume from
 
 def save_part(trained, tmp_path, keep, prefix=''):
