@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
 
 import liera_mm
-from liera_mm.engine.cli import load_config
+from liera_mm.engine.cli import check_data, exit_clearly, load_config
 from liera_mm.models import DeviceMaskPreprocessor, LieRAConvNeXt
 
 # isort: split
@@ -282,6 +282,7 @@ def measure_settings(names: List[str], data_root: str, arch: str, rank: int, ima
 
     In ``wait``, the milliseconds that a step waits for its batch, and in ``first``, those that the first of an epoch does.
     """
+    check_data(load_config(str(CONFIG), {'data_root': data_root}), ['train'])
     options = {'data_root': data_root, 'train_dataloader.batch_size': images}
     variants = [Variant(name, arch, rank, **options) for name in names]
     with DefaultScope.overwrite_default_scope('mmdet'):
@@ -498,4 +499,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    exit_clearly(main)

@@ -8,6 +8,8 @@ import torch
 from mmengine.model import BaseModel
 from mmengine.registry import DefaultScope
 
+from liera_mm.errors import SetupError
+
 ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location('benchmark', ROOT / 'tools/benchmark.py')
 benchmark = importlib.util.module_from_spec(spec)
@@ -86,6 +88,11 @@ def test_settings_are_measured_on_what_their_dataloaders_give(build, monkeypatch
     assert all(row['ms'] == 2 * len(benchmark.PARTS) and row['wait'] > 0 for row in rows)
     assert rows[1]['first'] > rows[0]['first'] > 0
     assert steps == [(name, 2) for _ in range(3) for name in names for _ in range(2)]
+
+
+def test_settings_without_data(tmp_path):
+    with pytest.raises(SetupError, match=rf'The train data set is missing: {tmp_path}/annotations/instances_train2017.json'):
+        benchmark.measure_settings(['watched'], str(tmp_path), 'atto', 2, images=2, rounds=2)
 
 
 def test_floors():
