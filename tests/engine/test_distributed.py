@@ -18,12 +18,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed
-import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.model import BaseModel, is_model_wrapper
-from mmengine.registry import DATASETS, MODELS
-from torch import nn
+from mmengine.model import is_model_wrapper
+from mmengine.registry import MODELS
+from pictures import IMAGES
 from yapf.yapflib import yapf_api
 
 from liera_mm.engine.checkpoint import read_checkpoint
@@ -34,7 +33,6 @@ from liera_mm.errors import SetupError
 ROOT = Path(__file__).parents[2]
 DIGITS_CONFIG = ROOT / 'configs/digits/mask-rcnn_convnextv2-mini_liera_digits.py'
 WRAPPER = Config.fromfile(ROOT / 'configs/_base_/mask-rcnn_convnextv2-b_coco.py').model_wrapper_cfg.to_dict()
-IMAGES = torch.rand(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 SETTINGS = {
     'full': None,
     'lora': dict(rank=2),
@@ -44,29 +42,6 @@ SETTINGS = {
     'wrapped': dict(rank=2),
 }
 SHARDS = dict(runner_type='FlexibleRunner', strategy=dict(type='FullyShardStrategy'))
-
-
-@DATASETS.register_module()
-class Pictures(torch.utils.data.Dataset):
-    metainfo = {}
-
-    def __len__(self):
-        return len(IMAGES)
-
-    def __getitem__(self, index):
-        return dict(images=IMAGES[index], labels=torch.tensor(index % 3))
-
-
-@MODELS.register_module()
-class PictureClassifier(BaseModel):
-    """Whose loss is a mean over images, such that two halves of a batch have that of the batch as their mean."""
-
-    def __init__(self, backbone):
-        super().__init__()
-        self.backbone, self.head = MODELS.build(backbone), nn.Linear(192, 3)
-
-    def forward(self, images, labels, mode):
-        return dict(loss=F.cross_entropy(self.head(self.backbone(images)[-1].mean((2, 3))), labels))
 
 
 class Watch(Hook):
@@ -130,8 +105,8 @@ def classifier(work_dir, setting='lora', epochs=2, processes=1, lr=.1, hooks=(),
         work_dir=str(work_dir),
         experiment_name=f'{Path(work_dir).name}-{time.time_ns()}',  # MMEngine would share the visualizer of equal names
         train_dataloader=dict(
-            dataset=dict(type='Pictures'), batch_size=12 // processes, sampler=dict(type='DefaultSampler', shuffle=True),
-            collate_fn=dict(type='default_collate')),
+            dataset=dict(type='Pictures', images=len(IMAGES)), batch_size=12 // processes,
+            sampler=dict(type='DefaultSampler', shuffle=True), collate_fn=dict(type='default_collate')),
         train_cfg=dict(by_epoch=True, max_epochs=epochs),
         optim_wrapper=dict(optimizer=dict(type='SGD', lr=lr, momentum=.9)),
         param_scheduler=dict(type='LinearLR', start_factor=.5, by_epoch=False, end=4),

@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from mmengine.hooks import Hook
-from mmengine.model import BaseModel
-from mmengine.registry import DATASETS, MODELS
+from mmengine.registry import MODELS
 from mmengine.runner import Runner
-from torch import nn
+from pictures import IMAGES
 
 from liera_mm.algebra import METHODS
 from liera_mm.engine.cli import load_config
@@ -24,34 +22,10 @@ pytestmark = pytest.mark.usefixtures('one_thread', 'on_the_cpu')
 
 CONFIG = Path(__file__).parents[2] / 'configs/digits/mask-rcnn_convnextv2-mini_liera_digits.py'
 BACKBONE = load_config(str(CONFIG)).model.backbone.to_dict()
-IMAGES = torch.rand(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-LABELS = torch.arange(12) % 3
 
 every_setting = pytest.mark.parametrize(
     'setting', [dict(rank=2, method=method, update=update) for method in METHODS for update in UPDATES],
     ids=lambda setting: f'{setting["method"]}-{setting["update"]}')
-
-
-@DATASETS.register_module()
-class Squares(torch.utils.data.Dataset):
-    metainfo = {}
-
-    def __len__(self):
-        return len(LABELS)
-
-    def __getitem__(self, index):
-        return dict(images=IMAGES[index], labels=LABELS[index])
-
-
-@MODELS.register_module()
-class Classifier(BaseModel):
-
-    def __init__(self, backbone):
-        super().__init__()
-        self.backbone, self.head = MODELS.build(backbone), nn.Linear(192, 3)
-
-    def forward(self, images, labels, mode):
-        return dict(loss=F.cross_entropy(self.head(self.backbone(images)[-1].mean((2, 3))), labels))
 
 
 class Watch(Hook):
@@ -99,10 +73,10 @@ def train(on_the_cpu, tmp_path_factory):
     def run(setting, init_cfg=BACKBONE['init_cfg'], until=None, lr=.1, **options):
         work_dir, watch = tmp_path_factory.mktemp('work_dir'), Watch(until)
         runner = Runner(
-            dict(type='Classifier', backbone=dict(BACKBONE, liera=setting, init_cfg=init_cfg)),
+            dict(type='PictureClassifier', backbone=dict(BACKBONE, liera=setting, init_cfg=init_cfg)),
             str(work_dir),
             train_dataloader=dict(
-                dataset=dict(type='Squares'), batch_size=4, sampler=dict(type='DefaultSampler', shuffle=True),
+                dataset=dict(type='Pictures', images=12), batch_size=4, sampler=dict(type='DefaultSampler', shuffle=True),
                 collate_fn=dict(type='default_collate')),
             train_cfg=dict(by_epoch=True, max_epochs=2),
             optim_wrapper=dict(optimizer=dict(type='AdamW', lr=lr)),
