@@ -59,6 +59,8 @@ class LayerReport(NamedTuple):
             min(n, m) where that is less. Under ``additive`` it is the rank capacity of the paper's Section 4.4.
         rank: Numerical rank of the weight's change, as a matrix, see :func:`numerical_rank`; 0 where nothing has changed,
             None where it is not finite. A multiplicative update can give more than ``delta_rank``, up to min(n, m).
+        relative_change: ‖W' - W‖ / ‖W‖ with the updated weight W', by which updates can be compared; None where it is not
+            finite, as with a weight of zeros.
         delta_quantiles: |Δ| that the shares ``QUANTILES`` of its entries do not exceed; the last is the largest. In units of
             the weight under ``additive``, without a unit otherwise.
         taylor_error: ‖exp(Δ) - 1 - Δ‖, what the Taylor form (Eq. 8) leaves out; None under ``additive``.
@@ -74,6 +76,7 @@ class LayerReport(NamedTuple):
     matrix: Tuple[int, int]
     delta_rank: int
     rank: Optional[int]
+    relative_change: Optional[float]
     delta_quantiles: Tuple[float, ...]
     taylor_error: Optional[float]
     relative_taylor_error: Optional[float]
@@ -108,6 +111,8 @@ def _layer_report(name: str, layer: AdaptedLayer) -> LayerReport:
     adapter, weight = copy.deepcopy(layer.adapter).double(), _frozen_weight(layer).double()
     delta = adapter()
     change = adapter.finish(UPDATES[layer.update](weight, delta)) - weight
+    if layer.untrained:
+        change.zero_()  # in float64, DoRA's magnitude differs from the norm it was set to in the layer's precision
     (_, columns), (rows, _) = factor_shapes(weight.shape, adapter.groups, rank=1)
     factors = adapter.factors()
     change = change.reshape(rows, columns)
@@ -122,19 +127,14 @@ def _layer_report(name: str, layer: AdaptedLayer) -> LayerReport:
         layer.update,
         matrix=(rows, columns),
         delta_rank=min(rows, columns, len(factors[0]) if factors else rows),
-        rank=_rank(layer, change),
+        rank=numerical_rank(change) if torch.isfinite(change).all() else None,
+        relative_change=share if math.isfinite(share := (change.norm() / weight.norm()).item()) else None,
         delta_quantiles=tuple(_quantile(delta.abs().flatten(), share) for share in QUANTILES),
         taylor_error=taylor_error,
         relative_taylor_error=relative_error,
         sign_change_share=(delta <= -1).double().mean().item() if layer.update == 'taylor' else None,
         parameters=sum(p.numel() for p in adapter.parameters()),
         weights=weight.numel())
-
-
-def _rank(layer: AdaptedLayer, change: Tensor) -> Optional[int]:
-    if layer.untrained:
-        return 0  # in float64, DoRA's magnitude differs from the norm it was set to in the layer's precision
-    return numerical_rank(change) if torch.isfinite(change).all() else None
 
 
 def _quantile(values: Tensor, share: float) -> float:

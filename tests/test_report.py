@@ -108,6 +108,23 @@ def test_rank_of_the_change(perturb, kind, method, update):
     assert report.rank == (delta_rank if update == 'additive' and method != 'dora' else full)
 
 
+@every_setting
+def test_change_of_the_weight(net, perturb, method, update):
+    reports = layer_reports(perturb(adapt(net, rank=2, method=method, update=update)))
+    for report in reports:
+        layer = net.get_submodule(report.layer)
+        change = (layer.effective_weight() - layer.weight).norm() / layer.weight.norm()
+        assert report.relative_change == pytest.approx(change.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize('update', UPDATES)
+def test_change_of_a_weight_of_zeros(update):
+    model = nn.Sequential(nn.Linear(3, 3))
+    nn.init.zeros_(model[0].weight)
+    set_delta(adapt(model, method='dense', update=update)[0], 1.)
+    assert layer_reports(model)[0].relative_change is None
+
+
 @pytest.mark.parametrize('size', [1e-3, 1e-6])
 def test_rounding_of_a_small_change_is_no_rank(size):
     """The float32 weight W + Δ is off by more than the small singular values of Δ."""
@@ -120,7 +137,7 @@ def test_rounding_of_a_small_change_is_no_rank(size):
 @every_setting
 def test_at_start_nothing_has_changed(net, method, update):
     for report in layer_reports(adapt(net, rank=2, method=method, update=update)):
-        assert report.rank == 0
+        assert report.rank == report.relative_change == 0
         assert report.delta_quantiles == (0, 0, 0, 0)
         assert report.taylor_error == report.relative_taylor_error == (None if update == 'additive' else 0)
         assert report.sign_change_share == (0 if update == 'taylor' else None)
@@ -169,5 +186,5 @@ def test_values_that_are_not_finite(perturb, method, update, value):
     with torch.no_grad():
         next(model[0].adapter.parameters()).view(-1)[0] = value
     broken, sound = layer_reports(model)
-    assert broken.rank is None and not math.isfinite(broken.delta_quantiles[-1])
+    assert broken.rank is broken.relative_change is None and not math.isfinite(broken.delta_quantiles[-1])
     assert sound.rank is not None and math.isfinite(sound.delta_quantiles[-1])

@@ -1,12 +1,14 @@
 #!/usr/bin/env python
 """Show what training did to each adapted layer: tools/inspect_adapter.py CHECKPOINT [CONFIG] [--out PNG].
 
-Prints a table and draws it: the rank of the weight's change, |Δ|, the error of the Taylor form, sign changes, and where the
-factors outnumber the weights. CHECKPOINT is one of tools/train.py, whose config lies beside it, or an adapter file.
+Prints a table and draws it: rank and size of the weight's change, |Δ|, the error of the Taylor form, sign changes, and
+where the factors outnumber the weights. CHECKPOINT is one of tools/train.py, whose config lies beside it, or an adapter
+file.
 """
 import argparse
 import math
 import re
+import statistics
 from pathlib import Path
 from typing import List, Optional, Sequence
 
@@ -78,15 +80,15 @@ def by_depth(reports: List[LayerReport]) -> List[LayerReport]:
 def table(reports: List[LayerReport]) -> str:
     """The reports as text, a row a layer, and what stands out in them."""
     quantiles = [f'{share:.0%}' for share in QUANTILES]
-    rows = [['layer', 'kind', 'method', 'update', 'n x m', 'rank', 'rank of Δ <=', *(f'|Δ| {share}' for share in quantiles),
-             'Taylor error', 'of ‖Δ‖', 'Δ <= -1', 'parameters', 'weights']]
+    rows = [['layer', 'kind', 'method', 'update', 'n x m', 'rank', 'rank of Δ <=', 'change of W',
+             *(f'|Δ| {share}' for share in quantiles), 'Taylor error', 'of ‖Δ‖', 'Δ <= -1', 'parameters', 'weights']]
     for row in reports:
         rows.append([
             row.layer, row.kind, row.method, row.update, ' x '.join(map(str, row.matrix)),
             '-' if row.rank is None else str(row.rank), str(row.delta_rank),
-            *(f'{value:.2e}' for value in row.delta_quantiles), number(row.taylor_error, '.2e'),
-            number(row.relative_taylor_error, '.3%'), number(row.sign_change_share, '.4%'), f'{row.parameters:,}',
-            f'{row.weights:,}'])
+            number(row.relative_change, '.2%'), *(f'{value:.2e}' for value in row.delta_quantiles),
+            number(row.taylor_error, '.2e'), number(row.relative_taylor_error, '.3%'), number(row.sign_change_share, '.4%'),
+            f'{row.parameters:,}', f'{row.weights:,}'])
     return '\n'.join([*table_lines(rows), '', *findings(reports)])
 
 
@@ -109,12 +111,17 @@ def findings(reports: List[LayerReport]) -> List[str]:
     if taylor:
         changed = sum(round(row.sign_change_share * row.weights) for row in taylor)
         lines.append(f'Sign changes (Δ <= -1): {changed:,} of {sum(row.weights for row in taylor):,} weights')
+    changes = {kind: [row.relative_change for row in reports if row.kind == kind and row.relative_change is not None]
+               for kind in KINDS}
+    medians = ', '.join(f'{kind} {statistics.median(shares):.2%}' for kind, shares in changes.items() if shares)
+    if medians:
+        lines.append(f"Change of W, ‖W' - W‖ / ‖W‖, in the median layer: {medians}")
     return lines
 
 
 def draw(reports: List[LayerReport], title: str, out: Path) -> None:
     """Draw the reports as panels above each other, a column a layer."""
-    panels = [draw_rank, draw_delta]
+    panels = [draw_rank, draw_change, draw_delta]
     if any(row.taylor_error is not None for row in reports):
         panels.append(draw_taylor_error)
     if any(row.sign_change_share is not None for row in reports):
@@ -172,6 +179,13 @@ def draw_rank(ax, reports: List[LayerReport]) -> None:
     ax.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
     legend_above(ax)
     heading(ax, "Rank of the weight's change, % of min(n, m)")
+
+
+def draw_change(ax, reports: List[LayerReport]) -> None:
+    changes = [float('nan') if row.relative_change is None else row.relative_change for row in reports]
+    scatter(ax, reports, changes)
+    log_scale(ax, changes)
+    heading(ax, "Change of the weight, ‖W' - W‖ / ‖W‖")
 
 
 def draw_delta(ax, reports: List[LayerReport]) -> None:

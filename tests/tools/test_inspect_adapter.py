@@ -78,6 +78,8 @@ def test_checkpoint_with_its_config_beside_it(inspect, work_dirs):
     assert below[0] == 'Rank of the change: min(n, m) in 34 of 34 layers, above the rank that Δ can have in 23'
     assert below[1] == 'Parameters outnumber the weights in 11 layers (conv, depthwise): 182,440 for 45,840'
     assert re.fullmatch(r'Sign changes \(Δ <= -1\): [\d,]+ of 1,073,424 weights', below[2])
+    assert row['change of W'].endswith('%')
+    assert re.fullmatch(r"Change of W, ‖W' - W‖ / ‖W‖, in the median layer: conv .*%, depthwise .*%, linear .*%", below[3])
     check_picture(work_dirs['liera'] / 'epoch_1.png')
 
 
@@ -108,7 +110,7 @@ def test_every_method_and_update(net, perturb, tmp_path, method, update, trained
     assert len(lines) > 2 + len(reports) and 'nan' not in '\n'.join(lines)
     if method == 'dense':  # a picture takes a while
         tool.draw(reports, 'title', tmp_path / 'drawn.png')
-        panels = dict(additive=3, exp=4, taylor=5)[update]
+        panels = dict(additive=4, exp=5, taylor=6)[update]
         assert mmcv.imread(tmp_path / 'drawn.png').shape[0] == pytest.approx(130 * (.8 + 1.9 * panels), abs=1)
 
 
