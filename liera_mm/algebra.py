@@ -173,18 +173,45 @@ class Dora(LowRank):
         self.magnitude.copy_(self.norm(at_least_float32(weight)))
 
     def norm(self, weight: Tensor) -> Tensor:
-        """Euclidean norm of every output channel, of shape (out,)."""
-        if self.transposed:
-            return weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(2).norm(dim=2).flatten()
-        return weight.flatten(1).norm(dim=1)
+        """Euclidean norm of every output channel, of shape (out,); where it overflows, the largest number there is."""
+        norm, unit = _norm(self._channels(weight))
+        return (norm * unit).clamp(max=torch.finfo(norm.dtype).max)
 
     def finish(self, moved: Tensor) -> Tensor:
-        norm = self.norm(moved)
-        ratio = torch.where(norm > 0, at_least_float32(self.magnitude) / norm, torch.ones_like(norm))
+        channels = self._channels(moved)
+        norm, unit = _norm(channels.detach())
+        # A channel whose norm is zero or no ordinary number stays as it is
+        scaled = (norm * unit >= torch.finfo(norm.dtype).tiny) & (norm * unit).isfinite()
+        # The derivative of the branch that where() does not take must be finite too
+        norm, _ = _norm(torch.where(scaled[:, None], channels, 1))
+        ratio = torch.where(scaled, at_least_float32(self.magnitude) / norm, unit)
+        return moved / self._by_channel(unit) * self._by_channel(ratio)
+
+    def _channels(self, weight: Tensor) -> Tensor:
+        """The weight as (out, values of an output channel)."""
         if self.transposed:
-            ratio = ratio.view(self.groups, 1, -1).expand(-1, len(moved) // self.groups, -1).flatten(0, 1)
-            return moved * ratio.reshape(*ratio.shape, *[1] * (moved.dim() - 2))
-        return moved * ratio.reshape(-1, *[1] * (moved.dim() - 1))
+            return weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(2).flatten(0, 1)
+        return weight.flatten(1)
+
+    def _by_channel(self, values: Tensor) -> Tensor:
+        """Values of shape (out,) in a shape that multiplies every output channel of the weight by its own."""
+        kernel = [1] * (len(self.shape) - 2)
+        if self.transposed:
+            values = values.view(self.groups, 1, -1).expand(-1, self.shape[0] // self.groups, -1)
+            return values.reshape(self.shape[0], -1, *kernel)
+        return values.view(-1, 1, *kernel)
+
+
+def _norm(rows: Tensor) -> Tuple[Tensor, Tensor]:
+    """Euclidean norms of rows and the units they are in, powers of two in which no square over- or underflows.
+
+    The unit is one for ordinary rows. Units have no derivative.
+    """
+    _, exponent = math.frexp(torch.finfo(rows.dtype).max)
+    largest = rows.detach().abs().amax(1)
+    unit = torch.where(largest < 2.**(-exponent // 4), 2.**(-exponent * 5 // 8), torch.ones_like(largest))
+    unit = torch.where(largest > 2.**(exponent // 4), 2.**(exponent * 5 // 8), unit)
+    return (rows / unit[:, None]).norm(dim=1), unit
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

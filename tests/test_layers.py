@@ -217,6 +217,48 @@ def test_only_the_factors_get_gradients(case):
     assert all(p.grad.count_nonzero() for p in trained(case.layer))
 
 
+@pytest.mark.parametrize('update', UPDATES)
+@pytest.mark.parametrize('kind', KINDS)
+def test_dora_of_any_finite_weight(seed, kind, update):
+    """Filters that are dead, whose squares under- or overflow, or whose norm overflows, beside ordinary ones."""
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        huge = torch.finfo(dtype).max ** .75  # at the maximum itself, the gradients of a multiplicative update overflow
+        tiny = torch.finfo(dtype).smallest_normal
+        for size in (0., tiny / 64, tiny, tiny ** .8, tiny ** .6, huge ** .8, huge, torch.finfo(dtype).max):
+            layer = KINDS[kind][0]().to(dtype)
+            outputs = layer.weight.transpose(0, 1) if 'transpose' in kind else layer.weight
+            with torch.no_grad():
+                outputs[1:3] = size * torch.randn_like(outputs[1:3]).sign()
+            base = layer.weight.detach().clone()
+            adapt(layer, RANK, ALPHA, 'dora', update)
+            effective = layer.effective_weight()
+            assert torch.equal(effective, base)
+            if size <= huge:
+                gradients = torch.autograd.grad(effective, trained(layer), torch.randn_like(effective))
+                assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize('size', [1e-30, 1e30])
+@pytest.mark.parametrize('update', ['additive', 'taylor'])
+@pytest.mark.parametrize('kind', ['linear', 'grouped', 'transpose2d'])
+def test_dora_where_squares_leave_single_precision(seed, kind, update, size):
+    single = Case(kind, 'dora', update)
+    with torch.no_grad():
+        for tensor in (single.base.weight, single.old['magnitude'], single.layer.adapter.magnitude,
+                       *([single.old['B'], single.layer.adapter.B] if update == 'additive' else [])):
+            tensor *= size
+    double = copy.deepcopy(single)
+    double.base, double.old = double.base.double(), {name: p.double() for name, p in double.old.items()}
+    new = {name: p.double().detach().requires_grad_() for name, p in single.parameters().items()}
+    single.layer.load_state_dict(single.base.state_dict(), strict=False)
+    effective, expected = single.layer.effective_weight(), double.reference_weight(new)
+    assert_close(effective, expected, 1e-5)
+    direction = torch.randn_like(effective)
+    gradients = torch.autograd.grad(effective, trained(single.layer), direction)
+    for gradient, reference in zip(gradients, torch.autograd.grad(expected, list(new.values()), direction.double())):
+        assert_close(gradient, reference, 1e-4)
+
+
 def test_linear_taylor_formula():
     layer = adapt(nn.Linear(6, 4), rank=2, alpha=5, update='taylor')
     train(layer)
