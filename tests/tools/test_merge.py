@@ -39,7 +39,7 @@ CONFIGS = {
 STOCK = '''
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location('stand_in', sys.argv[1])
-stand_in = importlib.util.module_from_spec(spec)
+sys.modules['stand_in'] = stand_in = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(stand_in)
 stand_in.install()
 
@@ -98,7 +98,8 @@ def merged(tmp_path_factory, detectors, picture):
         for name, files in detectors.items():
             merge(patch, *files, folder / f'{name}.pth')
     files = [str(folder / f'{name}.pth') for name in detectors]
-    subprocess.run([sys.executable, '-c', STOCK, ROOT / 'liera_mm/compat.py', picture, *files], cwd=folder, check=True)
+    operators = ROOT / 'liera_mm/compat/__init__.py'
+    subprocess.run([sys.executable, '-c', STOCK, operators, picture, *files], cwd=folder, check=True)
     return {name: (torch.load(file, weights_only=False), torch.load(file + '.result', weights_only=False))
             for name, file in zip(detectors, files)}
 
