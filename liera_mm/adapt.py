@@ -3,7 +3,7 @@ import contextlib
 import difflib
 import fnmatch
 import re
-from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Pattern, Sequence, Set, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Pattern, Sequence, Set, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ def adapt(model: nn.Module,
           targets: Sequence[str] = KINDS,
           overrides: Sequence[Dict[str, Any]] = (),
           train_norm: bool = False,
-          train_bias: bool = False) -> nn.Module:
+          train_bias: Union[bool, str] = False) -> nn.Module:
     """Freeze a model and give its layers trainable perturbations, in place.
 
     State-dict keys, parameter names and module paths stay; every adapted layer gains ``<layer>.adapter.<name>``. The
@@ -49,11 +49,13 @@ def adapt(model: nn.Module,
         update: How Δ moves the weight: ``taylor`` (LieRA, Eq. 8), ``exp`` (Eq. 5) or ``additive`` (LoRA, Eq. 2).
         targets: Which layers to adapt: layer kinds (``conv``, ``depthwise``, ``pointwise``, ``linear``; one layer is of one
             kind, see :func:`layer_kind`), globs on module names (``stages.3.*``; ``*`` crosses dots), or regular
-            expressions that match whole module names (``re:stages\\.[23]\\..*``).
+            expressions that match whole module names (``re:stages\\.[23]\\..*``). Empty if only norms or
+            all biases are to train.
         overrides: Settings of some of those layers: dicts of ``targets`` and any of ``rank``, ``alpha``, ``method``,
             ``update``. Where several match, the last wins.
         train_norm: Train the parameters of normalisation layers too.
-        train_bias: Train the biases of the adapted layers too.
+        train_bias: Train the biases of the adapted layers too; ``'all'``: every bias of the model, those of norms included,
+            which without targets is BitFit.
 
     Returns:
         The same model.
@@ -67,8 +69,11 @@ def adapt(model: nn.Module,
         raise ValueError('this model is adapted already: export() it first, or adapt a fresh one')
     settings = dict(rank=rank, alpha=alpha, method=method, update=update)
     _check_settings(settings)
+    if train_bias not in (True, False, 'all'):
+        raise ValueError(f"train_bias must be True, False or 'all', not {train_bias!r}")
     layers = dict(model.named_modules())
-    chosen = {name: dict(settings) for name in match_layers(layers, targets)}
+    no_targets = isinstance(targets, (list, tuple)) and not targets and (train_norm or train_bias == 'all')
+    chosen = {name: dict(settings) for name in ([] if no_targets else match_layers(layers, targets))}
     for override in overrides:
         if not isinstance(override, Mapping):
             raise ValueError(f'overrides must be a list of dicts, not {overrides!r}')
@@ -89,6 +94,9 @@ def adapt(model: nn.Module,
         train_norm=train_norm,
         train_bias=train_bias)
     trainable = intended_parameters(model)
+    if not trainable:
+        del model.liera
+        raise ValueError('nothing would train: without targets, the model needs norms or biases')
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable)
     return model
@@ -134,6 +142,8 @@ def intended_parameters(model: nn.Module) -> Set[str]:
     if not hasattr(model, 'liera'):
         raise ValueError('this model is not adapted: call adapt() on it first, or give the part of it that is')
     names = set()
+    if model.liera['train_bias'] == 'all':
+        names.update(name for name, _ in model.named_parameters() if name.endswith('bias') and '.adapter.' not in name)
     for prefix, layer in model.named_modules():
         prefix = prefix and prefix + '.'
         if isinstance(layer, AdaptedLayer):

@@ -151,6 +151,10 @@ def test_overrides(net, overrides, expected):
     ({'targets': 'linear'}, r"list.*\['linear'\]"),
     ({'targets': []}, 'no targets'),
     ({'targets': ()}, 'no targets'),
+    ({'targets': [], 'train_bias': True}, 'no targets'),  # of which layers?
+    ({'targets': '', 'train_norm': True}, 'list'),
+    ({'targets': [], 'train_norm': True, 'overrides': [{'targets': ['linear'], 'rank': 4}]}, "target 'linear'"),
+    ({'train_bias': 'alle'}, "train_bias .* 'alle'"),
     ({'targets': [3]}, 'target.*3'),
     ({'targets': ['depthwize']}, "target 'depthwize'.*did you mean 'depthwise'"),
     ({'targets': ['heed']}, "target 'heed'.*did you mean 'head'"),
@@ -348,6 +352,36 @@ def test_what_trains(net, method, update, targets, train_norm, train_bias):
             expected |= {'stem.0.bias', 'head.bias'}
     assert {name for name, p in net.named_parameters() if p.requires_grad} == expected
     assert intended_parameters(net) == expected
+
+
+@pytest.mark.parametrize('train_norm', [False, True], ids=['', 'norm'])
+@pytest.mark.parametrize('targets', [[], ['linear']], ids=str)
+def test_every_bias(net, targets, train_norm):
+    """That of norms as well, and of layers that are not adapted."""
+    biases = {name for name, _ in net.named_parameters() if name.endswith('bias')}
+    adapt(net, rank=2, targets=targets, train_norm=train_norm, train_bias='all')
+    trained = {name for name, p in net.named_parameters() if p.requires_grad}
+    assert trained >= biases and 'stem.1.bias' in biases
+    assert all('.adapter.' in name for name in trained - biases) or train_norm
+    assert ('stem.1.weight' in trained) == train_norm
+    assert len(summary(net)) == len(targets)
+
+
+def test_norms_without_targets(net, image, perturb):
+    """Nothing is adapted, and the rest goes on: what trains, saving, exporting."""
+    keys = list(net.state_dict())
+    adapt(net, targets=[], train_norm=True)
+    trained = {name for name, p in net.named_parameters() if p.requires_grad}
+    assert {name.rpartition('.')[0] for name in trained} == {'stem.1', *(
+        f'stages.{i}.{norm}' for i in (0, 1) for norm in ('norm', 'grn'))}
+    expected = perturb(net)(image)
+    assert list(net.state_dict()) == list(export(net)) == keys
+    torch.testing.assert_close(merge(net)(image), expected)
+    assert str(summary(net)).startswith('layer')
+
+
+def test_nothing_to_train(image):
+    assert_refused(nn.Sequential(nn.Conv2d(3, 3, 1)), ValueError, 'nothing would train', targets=[], train_norm=True)
 
 
 @every_setting
