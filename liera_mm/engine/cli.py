@@ -114,7 +114,7 @@ def load_config(path: str, options: Optional[Dict[str, Any]] = None) -> Config:
         if 'data_root' not in cfg:
             raise SetupError(f'{path} has no data_root to override', 'Override the paths of its dataloaders instead')
         new = osp.join(options.pop('data_root'), '')
-        cfg = Config(_replace_prefix(cfg.to_dict(), cfg.data_root, new), filename=cfg.filename)
+        cfg = Config(replace_prefix(cfg.to_dict(), cfg.data_root, new), filename=cfg.filename)
     for option, choices in cfg.get('choices', {}).items():
         if option in options:
             cfg.merge_from_dict(choices[_known_choice(option, str(options[option]), choices)])
@@ -253,9 +253,9 @@ def _datasets(dataloader: Dict[str, Any]) -> Iterator[Dict[str, Any]]:
             yield dataset
 
 
-def _replace_prefix(node: Any, old: str, new: str) -> Any:
+def replace_prefix(node: Any, old: str, new: str) -> Any:
     if isinstance(node, dict):
-        return {key: _replace_prefix(value, old, new) for key, value in node.items()}
+        return {key: replace_prefix(value, old, new) for key, value in node.items()}
     if isinstance(node, (list, tuple)):
-        return type(node)(_replace_prefix(value, old, new) for value in node)
+        return type(node)(replace_prefix(value, old, new) for value in node)
     return new + node[len(old):] if isinstance(node, str) and node.startswith(old) else node

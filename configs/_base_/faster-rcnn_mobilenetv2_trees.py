@@ -1,0 +1,40 @@
+# Tree crowns in tiles of aerial photographs of about 400x400 (tools/make_trees_coco.py): 34 tiles to train on, each nine
+# times an epoch, which makes 77 steps
+_base_ = 'faster-rcnn_mobilenetv2_transfer.py'
+
+data_root = 'data/trees/'
+classes = ('Tree', )
+model = dict(roi_head=dict(bbox_head=dict(num_classes=len(classes))))
+train_dataloader = dict(
+    batch_size=4,
+    num_workers=1,
+    persistent_workers=True,
+    sampler=dict(type='DefaultSampler', shuffle=True),
+    dataset=dict(
+        type='RepeatDataset',
+        times=9,
+        dataset=dict(
+            type='CocoDataset',
+            data_root=data_root,
+            ann_file='annotations/instances_train2017.json',
+            data_prefix=dict(img='train2017/'),
+            metainfo=dict(classes=classes),
+            filter_cfg=dict(filter_empty_gt=True),
+            pipeline={{_base_.train_pipeline}})))
+val_dataloader = dict(
+    batch_size=1,
+    num_workers=1,
+    persistent_workers=True,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        type='CocoDataset',
+        data_root=data_root,
+        ann_file='annotations/instances_val2017.json',
+        data_prefix=dict(img='val2017/'),
+        metainfo=dict(classes=classes),
+        test_mode=True,
+        pipeline={{_base_.test_pipeline}}))
+test_dataloader = val_dataloader
+val_evaluator = dict(
+    type='CocoMetric', ann_file=data_root + 'annotations/instances_val2017.json', metric='bbox')
+test_evaluator = val_evaluator

@@ -1,0 +1,11 @@
+# Everything trained, on blood cells: MMDetection's backbone as it is
+_base_ = '../_base_/faster-rcnn_mobilenetv2_cells.py'
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='MobileNetV2',
+        out_indices=(1, 2, 4, 7),
+        norm_eval=True,
+        init_cfg=dict(type='Pretrained', checkpoint={{_base_.pretrained}})))
+custom_hooks = []
