@@ -6,6 +6,7 @@ from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 from mmengine.dist import all_gather_object, broadcast, get_rank, get_world_size
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.optim import OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, FlexibleRunner, Runner
 from mmengine.runner.base_loop import BaseLoop
@@ -19,6 +20,7 @@ from ..report import range_report
 from . import invariants
 from .checkpoint import CheckpointWithoutBase, random_state, set_random_state
 from .data import check_categories, check_images
+from .param_groups import MergedGroups
 from .sharding import FullyShardStrategy, gathered, in_shards
 
 
@@ -32,6 +34,7 @@ class LieRAHook(Hook):
     - After each training epoch: the largest |Δ|, the share of Δ <= -1 under ``taylor``, zero weights that cannot move.
     - During validation and testing the perturbations are merged into the weights; after it the weights are restored. Not
       while the model is in shards (see ``engine/sharding.py``), which this hook makes of it after the checks.
+    - Parameter groups of the optimizer with equal settings are one while it trains (see ``engine/param_groups.py``).
     - Checkpoints leave out frozen weights that can be had again, and are never lost (see ``engine/checkpoint.py``).
     - A checkpoint to test or resume from must hold all the rest, and have been trained with the same settings.
     - A resumed training draws the random numbers that it would have drawn without the interruption, unless the number of
@@ -46,6 +49,7 @@ class LieRAHook(Hook):
         self.random_states: Optional[List[Dict[str, Any]]] = None  # of all processes
         self.loaded_from: Dict[str, Tuple[Dict[str, Optional[str]], Set[str]]] = {}
         self.frozen: Dict[str, str] = {}
+        self.merged_groups: Dict[str, MergedGroups] = {}
 
     def before_run(self, runner: Runner) -> None:
         if not any(isinstance(hook, CheckpointWithoutBase) for hook in runner.hooks):
@@ -88,12 +92,16 @@ class LieRAHook(Hook):
                 f'LieRA  the rank is above the dimensions of {len(too_many)} layers, such as {too_many[0]}: their Δ can be '
                 "every tensor, for which method='dense' in overrides takes fewer parameters")
         self._shard(runner)
+        self._merge_groups(runner)
         self.frozen = invariants.frozen_digests(model)
         invariants.watch_first_step(model, runner.optim_wrapper, runner.logger)
         self.watch_loss = invariants.LossWatch(model, runner.optim_wrapper)
 
     def after_train(self, runner: Runner) -> None:
         self.watch_loss.remove()
+        for groups in self.merged_groups.values():
+            groups.remove()
+        self.merged_groups = {}
 
     def before_val(self, runner: Runner) -> None:
         self._check_data(runner.val_dataloader)
@@ -127,6 +135,12 @@ class LieRAHook(Hook):
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         checkpoint['random_states'] = self.random_states
+        states = checkpoint.get('param_schedulers')
+        if isinstance(states, dict):
+            states.update({name: self.merged_groups[name].split_schedulers(states[name])
+                           for name in states.keys() & self.merged_groups.keys()})
+        elif states and self.merged_groups:
+            states[:] = self.merged_groups[''].split_schedulers(states)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         model = _unwrap(runner.model)
@@ -168,6 +182,13 @@ class LieRAHook(Hook):
 
     before_test_iter = before_val_iter
     after_test_epoch = after_val_epoch
+
+    def _merge_groups(self, runner: Runner) -> None:
+        wrappers, schedulers = runner.optim_wrapper, runner.param_schedulers or {}
+        if not isinstance(wrappers, OptimWrapperDict):
+            wrappers, schedulers = {'': wrappers}, {'': schedulers or []}
+        self.merged_groups = {name: MergedGroups(wrapper.optimizer, schedulers.get(name) or [])
+                              for name, wrapper in wrappers.items()}
 
     @staticmethod
     def _shard(runner: Runner) -> None:
