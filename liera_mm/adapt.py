@@ -1,9 +1,25 @@
 """Adapting a model: which layers, freezing, summary, merging, export. Works on any ``nn.Module``."""
+import collections
 import contextlib
 import difflib
 import fnmatch
+import logging
 import re
-from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Pattern, Sequence, Set, Tuple, Union
+from typing import (
+    Any,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Pattern,
+    Sequence,
+    Set,
+    Tuple,
+    Union,
+)
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +30,7 @@ from .layers import AdaptedLayer, adapt_layer, adapted_class
 
 KINDS = ('conv', 'depthwise', 'pointwise', 'linear')
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+logger = logging.getLogger('liera_mm')
 
 
 def layer_kind(layer: nn.Module) -> Optional[str]:
@@ -35,7 +52,9 @@ def adapt(model: nn.Module,
           targets: Sequence[str] = KINDS,
           overrides: Sequence[Dict[str, Any]] = (),
           train_norm: bool = False,
-          train_bias: Union[bool, str] = False) -> nn.Module:
+          train_bias: Union[bool, str] = False,
+          exclude: Sequence[str] = (),
+          train: Sequence[str] = ()) -> nn.Module:
     """Freeze a model and give its layers trainable perturbations, in place.
 
     State-dict keys, parameter names and module paths stay; every adapted layer gains ``<layer>.adapter.<name>``. The
@@ -49,13 +68,19 @@ def adapt(model: nn.Module,
         update: How Δ moves the weight: ``taylor`` (LieRA, Eq. 8), ``exp`` (Eq. 5) or ``additive`` (LoRA, Eq. 2).
         targets: Which layers to adapt: layer kinds (``conv``, ``depthwise``, ``pointwise``, ``linear``; one layer is of one
             kind, see :func:`layer_kind`), globs on module names (``stages.3.*``; ``*`` crosses dots), or regular
-            expressions that match whole module names (``re:stages\\.[23]\\..*``). Empty if only norms or
-            all biases are to train.
+            expressions that match whole module names (``re:stages\\.[23]\\..*``). Of a kind, layers that cannot be adapted
+            are left out, and layers whose weight is all zeros, which have nothing to perturb, train whole: a line of the
+            log says so. A layer that a glob or a regular expression names is refused instead. Empty if only norms, all
+            biases or what ``train`` names are to train.
         overrides: Settings of some of those layers: dicts of ``targets`` and any of ``rank``, ``alpha``, ``method``,
             ``update``. Where several match, the last wins.
         train_norm: Train the parameters of normalisation layers too.
         train_bias: Train the biases of the adapted layers too; ``'all'``: every bias of the model, those of norms included,
             which without targets is BitFit.
+        exclude: What stays as it is, whatever else says that it trains: kinds, globs or ``re:`` patterns as in
+            ``targets``, on the names of modules, with everything in them, and of parameters (``*.norm1``, ``*.bias``).
+        train: What trains whole instead of being adapted: such as ``exclude`` takes (``stem``, ``*.context``). Adapter
+            files and checkpoints hold it.
 
     Returns:
         The same model.
@@ -63,7 +88,7 @@ def adapt(model: nn.Module,
     Raises:
         ValueError: If a setting is unknown or out of range, if targets match no layer, if a weight is not finite, or if
             the model is adapted already. A rank above a layer's dimensions is none: its Δ then has full rank.
-        TypeError: If a matched layer computes with its weight in a way that is not known.
+        TypeError: If a layer that is named computes with its weight in a way that is not known; or if there is no other.
     """
     if any(isinstance(m, AdaptedLayer) for m in model.modules()):
         raise ValueError('this model is adapted already: export() it first, or adapt a fresh one')
@@ -72,8 +97,21 @@ def adapt(model: nn.Module,
     if train_bias not in (True, False, 'all'):
         raise ValueError(f"train_bias must be True, False or 'all', not {train_bias!r}")
     layers = dict(model.named_modules())
-    no_targets = isinstance(targets, (list, tuple)) and not targets and (train_norm or train_bias == 'all')
-    chosen = {name: dict(settings) for name in ([] if no_targets else match_layers(layers, targets))}
+    _check_weights(model)
+    excluded, whole = (select(model, option, patterns) for option, patterns in (('exclude', exclude), ('train', train)))
+    no_targets = isinstance(targets, (list, tuple)) and not targets and (train_norm or train_bias == 'all' or train)
+    matched = [name for name in ([] if no_targets else match_layers(layers, targets))
+               if name not in excluded and _key(name) not in whole]
+    named = _named(layers, targets)
+    refused, zero = _refusals(model, matched), set()
+    for name in matched:
+        if name in refused and name in named:
+            raise refused[name]
+        if name not in refused and name not in named and _is_zero(layers[name]):
+            zero.add(name)
+    chosen = {name: dict(settings) for name in matched if name not in refused and name not in zero}
+    if refused and not chosen:
+        raise next(iter(refused.values()))
     for override in overrides:
         if not isinstance(override, Mapping):
             raise ValueError(f'overrides must be a list of dicts, not {overrides!r}')
@@ -83,8 +121,18 @@ def adapt(model: nn.Module,
         _check_settings({**settings, **changes})
         for name in match_layers({name: layers[name] for name in chosen}, override.get('targets', ())):
             chosen[name].update(changes)
-    _check_layers(model, chosen)
 
+    in_place = whole | {_key(name, leaf) for name in zero for leaf in layers[name]._parameters}
+    for name, layer in layers.items():
+        if train_norm and is_norm(layer):
+            in_place.update(_key(name, leaf) for leaf in layer._parameters)
+        if train_bias == 'all' or train_bias and name in chosen:
+            in_place.update(_key(name, leaf) for leaf in layer._parameters if leaf.endswith('bias'))
+    in_place = [name for name, _ in model.named_parameters() if name in in_place - excluded]
+    if not chosen and not in_place:
+        raise ValueError('nothing would train: there is no convolution and no linear layer left to adapt, nor norms or '
+                         'biases to train')
+    model.trained_in_place = in_place
     for name, setting in chosen.items():
         adapt_layer(layers[name], **setting)
     model.liera = dict(
@@ -93,12 +141,15 @@ def adapt(model: nn.Module,
         overrides=[dict(override) for override in overrides],
         train_norm=train_norm,
         train_bias=train_bias)
+    # Only where they are given: files that were saved before these settings existed have none
+    model.liera.update({key: list(value) for key, value in (('exclude', exclude), ('train', train)) if value})
     trainable = intended_parameters(model)
-    if not trainable:
-        del model.liera
-        raise ValueError('nothing would train: without targets, the model needs norms or biases')
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable)
+    if refused:
+        logger.warning(f'LieRA  {_count(layers, refused)} cannot be adapted and stay as they are: {_first(refused)}')
+    if zero:
+        logger.info(f'LieRA  {_count(layers, zero)} have nothing but zeros for a weight, and train whole: {some(zero)}')
     return model
 
 
@@ -107,10 +158,8 @@ def match_layers(layers: Dict[str, nn.Module], targets: Sequence[str]) -> List[s
 
     Raises:
         ValueError: If one of the targets selects none.
-        TypeError: If one selects a layer that cannot be adapted.
     """
-    if isinstance(targets, str):
-        raise ValueError(f'targets must be a list, for instance [{targets!r}]')
+    _check_list('targets', targets)
     if not targets:
         raise ValueError(f'no targets: name layer kinds ({", ".join(KINDS)}), globs or re: patterns')
     matched = set()
@@ -129,30 +178,58 @@ def match_layers(layers: Dict[str, nn.Module], targets: Sequence[str]) -> List[s
         matched.update(names)
     if not matched:
         raise ValueError('the model has no convolution and no linear layer to adapt')
-    for name in matched:
-        try:
-            adapted_class(type(layers[name]))
-        except TypeError as error:
-            raise TypeError(f'{name}: {error}. Choose targets that leave it out') from None
     return [name for name in layers if name in matched]
 
 
+def select(model: nn.Module, option: str, patterns: Sequence[str]) -> Set[str]:
+    """Names of the modules and parameters that any of the patterns matches, and of all in them.
+
+    Args:
+        model: The model.
+        option: What the patterns are for, to say so in an error.
+        patterns: Layer kinds, globs or ``re:`` patterns.
+
+    Raises:
+        ValueError: If one of the patterns matches none.
+    """
+    _check_list(option, patterns)
+    layers = dict(model.named_modules(remove_duplicate=False))
+    names = [*layers, *(name for name, _ in model.named_parameters(remove_duplicate=False))]
+    matched = set()
+    for pattern in patterns:
+        compiled = _pattern(pattern)
+        found = [name for name in names if (layer_kind(layers[name]) == pattern if pattern in KINDS and name in layers
+                                            else compiled.fullmatch(name))]
+        if not found:
+            raise ValueError(f'{option} {pattern!r} matches nothing in the model{_nearest(pattern, [*KINDS, *names])}')
+        matched.update(found)
+    return {name for name in names if name in matched or '' in matched
+            or any(name[:i] in matched for i, letter in enumerate(name) if letter == '.')}
+
+
 def intended_parameters(model: nn.Module) -> Set[str]:
-    """Names of the parameters that an adapted model is meant to train: adapters, and norms or biases if asked for."""
+    """Names of the parameters that an adapted model is meant to train: adapters, and what :func:`trained_in_place` has."""
+    names = trained_in_place(model)
+    for prefix, layer in adapted_layers(model):
+        names.update(_key(prefix, f'adapter.{name}') for name, _ in layer.adapter.named_parameters())
+    return names
+
+
+def trained_in_place(model: nn.Module) -> Set[str]:
+    """Names of the parameters of an adapted model that train themselves: norms, biases, and layers that train whole.
+
+    Raises:
+        ValueError: If the model is not adapted.
+    """
     if not hasattr(model, 'liera'):
         raise ValueError('this model is not adapted: call adapt() on it first, or give the part of it that is')
-    names = set()
-    if model.liera['train_bias'] == 'all':
-        names.update(name for name, _ in model.named_parameters() if name.endswith('bias') and '.adapter.' not in name)
-    for prefix, layer in model.named_modules():
-        prefix = prefix and prefix + '.'
-        if isinstance(layer, AdaptedLayer):
-            names.update(f'{prefix}adapter.{name}' for name, _ in layer.adapter.named_parameters())
-            if model.liera['train_bias'] and layer.bias is not None:
-                names.add(f'{prefix}bias')
-        elif model.liera['train_norm'] and is_norm(layer):
-            names.update(prefix + name for name, _ in layer.named_parameters(recurse=False))
-    return names
+    return set(model.trained_in_place)
+
+
+def adapter_names(model: nn.Module) -> Set[str]:
+    """Names of the adapters' tensors in the model's state dict, trained or not."""
+    return {_key(prefix, f'adapter.{name}') for prefix, layer in model.named_modules(remove_duplicate=False)
+            if isinstance(layer, AdaptedLayer) and 'adapter' in layer._modules for name in layer.adapter.state_dict()}
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -201,6 +278,12 @@ def table_lines(rows: Sequence[Sequence[str]]) -> List[str]:
     """Rows of cells as lines of text, the columns below each other."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     return ['  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
+def some(names: Iterable[str]) -> str:
+    """The first three of some names, and how many more there are."""
+    names = sorted(names)
+    return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '') if names else 'nothing'
 
 
 def summary(model: nn.Module) -> Summary:
@@ -283,32 +366,86 @@ def check_choice(what: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f'unknown {what} {value!r}{_nearest(str(value), choices)}; known: {", ".join(choices)}')
 
 
-def _check_layers(model: nn.Module, names: Sequence[str]) -> None:
-    """Refuse layers whose weight is not theirs alone, or does not exist yet, or is used without their forward()."""
-    owners: Dict[int, List[str]] = {}
-    for owner, parameter in model.named_parameters(remove_duplicate=False):
+def _check_weights(model: nn.Module) -> None:
+    """Refuse a model with weights that do not exist yet; they cannot be frozen either."""
+    for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise TypeError(f'{owner.rpartition(".")[0]}: its {owner.rpartition(".")[2]} has no shape before the first '
-                            'forward pass; run one first')
-        owners.setdefault(id(parameter), []).append(owner)
+            layer, _, leaf = name.rpartition('.')
+            raise TypeError(f'{layer}: its {leaf} has no shape before the first forward pass; run one first')
+
+
+def _refusals(model: nn.Module, names: Sequence[str]) -> Dict[str, Exception]:
+    """Why layers cannot be adapted, by name; of those that can there is no entry.
+
+    Raises:
+        ValueError: If a weight is not finite.
+    """
+    owners: Dict[int, List[str]] = collections.defaultdict(list)
+    for owner, parameter in model.named_parameters(remove_duplicate=False):
+        owners[id(parameter)].append(owner.rpartition('.')[0])
+    refusals = {}
     for name in names:
-        layer = model.get_submodule(name)
-        if 'forward' in vars(layer):
-            raise TypeError(f'{name}: its forward() was replaced on the instance; undo that first, or choose targets '
-                            'that leave it out')
-        if isinstance(model.get_submodule(name.rpartition('.')[0]), nn.TransformerEncoderLayer):
-            raise TypeError(f'{name}: nn.TransformerEncoderLayer reads its weight without calling the layer when it '
-                            'evaluates. Choose targets that leave it out')
-        weight = layer._parameters.get('weight')
-        if weight is None:
-            raise TypeError(f'{name}: its weight is computed from other parameters (a parametrization or weight norm); '
-                            'remove that first, or choose targets that leave it out')
-        if not weight.is_meta and not torch.isfinite(weight).all():
+        weight = model.get_submodule(name)._parameters.get('weight')
+        if weight is not None and not weight.is_meta and not torch.isfinite(weight).all():
             raise ValueError(f'{name}: its weight has values that are not finite; adapt a model with intact weights')
-        shared = {owner.rpartition('.')[0] for owner in owners[id(weight)]}
-        if len({id(model.get_submodule(owner)) for owner in shared}) > 1:
-            raise ValueError(f'{name}: its weight is shared between {", ".join(sorted(shared))}; a perturbation of one '
-                             'would move all. Choose targets that leave it out')
+        try:
+            _check_layer(model, name, owners)
+        except (TypeError, ValueError) as error:
+            refusals[name] = type(error)(f'{name}: {error}. Choose targets that leave it out')
+    return refusals
+
+
+def _check_layer(model: nn.Module, name: str, owners: Mapping[int, Sequence[str]]) -> None:
+    """Raise a TypeError if a layer's weight is used without its forward(), a ValueError if it is not the layer's alone."""
+    layer = model.get_submodule(name)
+    weight = layer._parameters.get('weight')
+    adapted_class(type(layer))
+    if 'forward' in vars(layer):
+        raise TypeError('its forward() was replaced on the instance; undo that first')
+    if isinstance(model.get_submodule(name.rpartition('.')[0]), nn.TransformerEncoderLayer):
+        raise TypeError('nn.TransformerEncoderLayer reads its weight without calling the layer when it evaluates')
+    if weight is None:
+        raise TypeError('its weight is computed from other parameters (a parametrization or weight norm); remove that first')
+    if hasattr(layer, 'adapter'):
+        raise TypeError('it has an attribute called adapter already')
+    shared = {id(model.get_submodule(owner)): owner for owner in sorted(owners[id(weight)], reverse=True)}
+    if len(shared) > 1:
+        raise ValueError(f'its weight is shared between {", ".join(sorted(shared.values()))}; a perturbation of one would '
+                         'move all')
+
+
+def _is_zero(layer: nn.Module) -> bool:
+    weight = layer._parameters['weight']
+    return not weight.is_meta and not weight.any()
+
+
+def _named(layers: Dict[str, nn.Module], targets: Sequence[str]) -> Set[str]:
+    """Names of the layers that a target names, rather than their kind."""
+    patterns = [target for target in targets if target not in KINDS]
+    return set(match_layers(layers, patterns)) if patterns else set()
+
+
+def _count(layers: Dict[str, nn.Module], names: Iterable[str]) -> str:
+    """Layers by kind: ``3 conv, 1 linear layers``."""
+    kinds = collections.Counter(layer_kind(layers[name]) for name in names)
+    return ', '.join(f'{count} {kind}' for kind, count in kinds.items()) + ' layers'
+
+
+def _first(refusals: Dict[str, Exception]) -> str:
+    """The reasons that there are, each with the first layer that has it."""
+    reasons: Dict[str, str] = {}
+    for name, error in refusals.items():
+        reasons.setdefault(str(error)[len(name) + 2:].rpartition('. ')[0], name)
+    return '; '.join(f'{name or "the model"} and what is like it, for {reason}' for reason, name in reasons.items())
+
+
+def _key(prefix: str, leaf: str = 'weight') -> str:
+    return f'{prefix}.{leaf}' if prefix else leaf
+
+
+def _check_list(option: str, patterns: Any) -> None:
+    if isinstance(patterns, str):
+        raise ValueError(f'{option} must be a list, for instance [{patterns!r}]')
 
 
 def _pattern(target: Any) -> Pattern[str]:

@@ -4,7 +4,7 @@ from typing import Dict, Iterator, Set
 
 from torch import Tensor, nn
 
-from .adapt import adapted_layers, intended_parameters, unmerge
+from .adapt import adapted_layers, intended_parameters, some, trained_in_place, unmerge
 
 
 def adapter_state_dict(model: nn.Module) -> Dict[str, Tensor]:
@@ -61,12 +61,12 @@ def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
     """A context in which the model computes with its frozen weights alone; afterwards it is as it was, bit for bit.
 
     Raises:
-        ValueError: If norms or biases train too, for what they were before is not kept.
+        ValueError: If norms, biases or whole layers train too, for what they were before is not kept.
     """
-    intended_parameters(model)  # which refuses a model that is not adapted
-    if model.liera['train_norm'] or model.liera['train_bias']:
-        raise ValueError('the adapters cannot be switched off: norms or biases of this model were trained in place, and '
-                         'what they were before is not kept')
+    trained = trained_in_place(model)  # which refuses a model that is not adapted
+    if trained:
+        raise ValueError('the adapters cannot be switched off: norms or biases of this model were trained in place, or '
+                         f'layers whole ({some(trained)}), and what they were before is not kept')
     with _unfolded(model):
         for _, layer in adapted_layers(model):
             layer.unmerged_weight = layer.weight.data  # as if merged, with Δ = 0

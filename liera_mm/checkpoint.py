@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from .adapt import some
 from .adapters import adapter_state_dict, frozen_names, start_adapter
 from .version import __version__
 
@@ -120,12 +121,6 @@ def digest(tensor: Tensor) -> str:
     """A short hash of a tensor's values in its dtype; not of its shape."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.blake2b(data, digest_size=8).hexdigest()
-
-
-def some(names) -> str:
-    """The first three of some names, and how many more there are."""
-    names = sorted(names)
-    return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '') if names else 'nothing'
 
 
 def _read(model: nn.Module, path: Union[str, os.PathLike]) -> Dict[str, Tensor]:

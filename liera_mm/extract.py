@@ -5,7 +5,7 @@ from typing import Dict, List, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .adapt import adapted_layers, unmerge
+from .adapt import adapted_layers, adapter_names, unmerge
 from .adapters import frozen_names
 from .algebra import Dense, Dora, LowRank, Pissa, leading_factors
 from .group import INVERSES, MULTIPLICATIVE
@@ -51,8 +51,9 @@ def extract(model: nn.Module, weights: Dict[str, Tensor], steps: int = 200) -> L
     unmerge(model)
     ours = model.state_dict()
     theirs = {}
+    adapters = adapter_names(model)
     for name, tensor in ours.items():
-        if '.adapter.' in f'.{name}':
+        if name in adapters:
             continue
         if name not in weights:
             raise ValueError(f'the weights lack {name}')

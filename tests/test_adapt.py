@@ -14,6 +14,7 @@ from liera_mm import adapt, export, load_adapter, merge, summary, unmerge
 from liera_mm.adapt import (
     KINDS,
     adapted_layers,
+    adapter_names,
     intended_parameters,
     layer_kind,
     match_layers,
@@ -285,11 +286,19 @@ class ReplacedForward(nn.Sequential):
     (lambda: nn.utils.spectral_norm(nn.Linear(3, 4)), KINDS),
 ], ids=['deformable', 'ConvWS2d', 'ConvAWS2d', 'heir', 'Conv2dAdaptivePadding', 'helped', 'direct', 'nested',
         'decorated', 'weight_norm', 'spectral_norm', 'old_spectral_norm'])
-def test_layers_that_cannot_be_adapted(make, targets):
-    assert_refused(nn.Sequential(nn.Linear(2, 2), make()), TypeError, '^1: ', targets=targets)
-
-    # They may stay as they are, among adapted ones
+def test_layers_that_cannot_be_adapted(make, targets, caplog):
+    """Those that a target names are refused; of a kind, they are left out with a line in the log."""
+    assert_refused(nn.Sequential(nn.Linear(2, 2), make()), TypeError, '^1: ', targets=['1'])
+    assert_refused(nn.Sequential(nn.Linear(2, 2), make()), TypeError, '^1: ', targets=['linear', '*'])
     assert names(adapt(nn.Sequential(nn.Linear(2, 2), make()), targets=['0'])) == ['0']
+    assert not caplog.messages
+    model = adapt(nn.Sequential(nn.Linear(2, 2), make()))
+    assert names(model) == ['0'] and not any(p.requires_grad for p in model[1].parameters())
+    if targets is KINDS:
+        message, = caplog.messages
+        assert re.match(r'LieRA  1 \w+ layers cannot be adapted and stay as they are: 1 and what is like it, for ', message)
+        with pytest.raises(TypeError, match='^0: '):  # nothing is left
+            adapt(nn.Sequential(make()))
 
 
 @pytest.mark.parametrize('targets', [KINDS, ['0']], ids=['all', 'others'])
@@ -325,9 +334,135 @@ def test_tied_weights():
     model[2].weight = model[0].weight
     for targets in (KINDS, ['0'], ['2']):
         assert_refused(model, ValueError, r'\b0\b.*\b2\b', targets=targets)
+    assert names(adapt(nn.Sequential(model, nn.Linear(4, 4)))) == ['1']
     embedding = nn.ModuleDict({'embed': nn.Embedding(4, 4), 'out': nn.Linear(4, 4)})
     embedding['out'].weight = embedding['embed'].weight
     assert_refused(embedding, ValueError, '^out: .*embed')
+
+
+# What is left out, and what trains whole
+
+
+def trains(model):
+    return {name for name, p in model.named_parameters() if p.requires_grad and '.adapter.' not in f'.{name}'}
+
+
+NORMS = {f'stages.{i}.{norm}' for i in (0, 1) for norm in ('norm.weight', 'norm.bias', 'grn.gamma', 'grn.beta')}
+
+
+@pytest.mark.parametrize(('exclude', 'left', 'in_place'), [
+    (['stem'], {*DEPTHWISE, *POINTWISE, *LINEAR}, NORMS),
+    (['stem.0'], {*DEPTHWISE, *POINTWISE, *LINEAR}, {*NORMS, 'stem.1.weight', 'stem.1.bias'}),
+    (['stem.1', '*.grn'], None, {name for name in NORMS if 'grn' not in name}),
+    (['*.norm.bias', 'stem*'], {*DEPTHWISE, *POINTWISE, *LINEAR}, {name for name in NORMS if 'norm.bias' not in name}),
+    (['depthwise', 'linear', 'stem.1'], {*CONV, *POINTWISE}, NORMS),
+    (['re:stages\\.1', 'stem'], {DEPTHWISE[0], *POINTWISE[:2], *LINEAR}, {n for n in NORMS if 'stages.0' in n}),
+], ids=str)
+def test_exclude(net, exclude, left, in_place):
+    adapt(net, train_norm=True, exclude=exclude)
+    assert set(names(net)) == (left or {*CONV, *DEPTHWISE, *POINTWISE, *LINEAR})
+    assert trains(net) == in_place
+
+
+def test_exclude_reaches_biases_and_what_trains_whole(net):
+    adapt(net, train_bias=True, train=['stem', 'stages.[01].gamma'],
+          exclude=['head', 'stages.0', 'stem.0.bias', '*.pointwise_conv1'])
+    assert trains(net) == {'stem.0.weight', 'stem.1.weight', 'stem.1.bias', 'stages.1.gamma', 'stages.1.depthwise_conv.bias'}
+    assert names(net) == ['stages.1.depthwise_conv', 'stages.1.pointwise_conv2']
+
+
+@pytest.mark.parametrize(('train', 'in_place', 'left'), [
+    (['stem'], {'stem.0.weight', 'stem.0.bias', 'stem.1.weight', 'stem.1.bias'}, {*DEPTHWISE, *POINTWISE, *LINEAR}),
+    (['head'], {'head.weight', 'head.bias'}, {*CONV, *DEPTHWISE, *POINTWISE}),
+    (['linear'], {'head.weight', 'head.bias'}, {*CONV, *DEPTHWISE, *POINTWISE}),
+    (['*.gamma'], {f'stages.{i}.{name}' for i in (0, 1) for name in ('gamma', 'grn.gamma')}, None),
+    (['*.pointwise_conv1.bias'], {f'stages.{i}.pointwise_conv1.bias' for i in (0, 1)}, None),
+    (['stages.[1]'], None, {*CONV, DEPTHWISE[0], *POINTWISE[:2], *LINEAR}),
+], ids=str)
+def test_train_whole(net, image, perturb, train, in_place, left):
+    base = copy.deepcopy(net)
+    adapt(net, rank=2, train=train)
+    assert set(names(net)) == (left or {*CONV, *DEPTHWISE, *POINTWISE, *LINEAR})
+    expected = in_place or {name for name, _ in base.named_parameters() if name.startswith('stages.1.')}
+    assert trains(net) == expected == {*intended_parameters(net)} - {n for n in net.state_dict() if '.adapter.' in n}
+    fresh, same = adapt(copy.deepcopy(base), rank=2, train=train), net(image)
+    assert torch.equal(same, base(image))
+    perturb(net)
+    assert expected <= adapter_state_dict(net).keys()
+    assert torch.equal(load_adapter(fresh, adapter_state_dict(net))(image), net(image))
+    base.load_state_dict(export(net), strict=True)
+    torch.testing.assert_close(base(image), net(image), rtol=1e-5, atol=1e-6)
+    assert not expected & fingerprint(net).keys()
+
+
+@pytest.mark.parametrize('option', ['exclude', 'train'])
+@pytest.mark.parametrize(('patterns', 'match'), [
+    ('stem', r"must be a list, for instance \['stem'\]"),
+    (['stom'], "'stom' matches nothing in the model; did you mean 'stem'"),
+    (['stages.2'], "'stages.2' matches nothing"),
+    ([3], 'target 3 is no layer kind'),
+], ids=str)
+def test_bad_patterns(net, option, patterns, match):
+    assert_refused(net, ValueError, match, **{option: patterns})
+
+
+def test_nothing_left(net):
+    assert_refused(net, ValueError, 'nothing would train', exclude=['stem', 'stages', 'head'])
+    assert_refused(net, ValueError, 'nothing would train', exclude=['*'], train=['stem'], train_norm=True)
+    adapt(net, train=['*'])
+    assert not names(net) and all(p.requires_grad for p in net.parameters())
+
+
+def test_settings_that_are_not_given_are_not_recorded(net):
+    """Or no file from before these settings existed would load."""
+    assert adapt(copy.deepcopy(net)).liera.keys() & {'exclude', 'train'} == set()
+    model = adapt(net, exclude=['stem'], train=('head', ))
+    assert (model.liera['exclude'], model.liera['train']) == (['stem'], ['head'])
+
+
+@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('update', UPDATES)
+def test_layers_of_zeros_train_whole(method, update, caplog):
+    """As the offsets of a deformable convolution: a multiplicative update, PiSSA and DoRA would leave them at zero."""
+    caplog.set_level('INFO')
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(2, 2))
+    for parameter in model[1].parameters():
+        parameter.data.zero_()
+    adapt(model, rank=2, method=method, update=update)
+    assert names(model) == ['0', '2'] and trains(model) == {'1.weight', '1.bias'}
+    assert caplog.messages == ['LieRA  1 conv layers have nothing but zeros for a weight, and train whole: 1']
+
+
+def test_layers_of_zeros_that_are_named_or_excluded():
+
+    def zeros():
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        model[1].weight.data.zero_()
+        return model
+
+    assert names(adapt(zeros(), targets=['1'], update='additive')) == ['1']
+    model = adapt(zeros(), exclude=['1'])
+    assert names(model) == ['0'] and not trains(model)
+
+
+class WithAdapter(nn.Linear):
+    """A layer with a child of the name that we give to ours."""
+
+    def __init__(self):
+        super().__init__(2, 2)
+        self.adapter = nn.Linear(2, 2)
+
+
+def test_modules_that_are_called_adapter(perturb):
+    """They are no adapters of ours, whatever their name."""
+    base = nn.ModuleDict(dict(adapter=nn.Linear(2, 2), block=nn.ModuleDict(dict(adapter=nn.Linear(2, 2)))))
+    model = adapt(copy.deepcopy(base), targets=['block.*'], rank=1)
+    assert adapter_names(model) == {'block.adapter.adapter.A', 'block.adapter.adapter.B'}
+    assert set(fingerprint(model)) == {'adapter.weight', 'adapter.bias', 'block.adapter.weight', 'block.adapter.bias'}
+    perturb(model)
+    assert export(model).keys() == base.state_dict().keys()
+    assert_refused(nn.Sequential(nn.Linear(2, 2), WithAdapter()), TypeError, '^1: .*adapter', targets=['1'])
+    assert names(adapt(nn.Sequential(nn.Linear(2, 2), WithAdapter()))) == ['0', '1.adapter']
 
 
 # What trains, and what stays

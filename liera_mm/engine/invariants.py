@@ -12,8 +12,8 @@ from mmengine.optim import OptimWrapper, OptimWrapperDict
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..adapt import adapted_layers, intended_parameters
-from ..checkpoint import digest, some
+from ..adapt import adapted_layers, intended_parameters, some
+from ..checkpoint import digest
 from ..errors import SetupError
 from ..group import MULTIPLICATIVE
 from ..models.pretrained import pretrained_backbones

@@ -11,8 +11,8 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..adapt import without_adapters
-from ..checkpoint import differences, digest, some
+from ..adapt import some, without_adapters
+from ..checkpoint import differences, digest
 from ..errors import SetupError
 from ..version import __version__
 
