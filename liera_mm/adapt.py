@@ -25,10 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from .algebra import METHODS
-from .group import UPDATES
+from .group import MULTIPLICATIVE, UPDATES
 from .layers import AdaptedLayer, adapt_layer, adapted_class
 
 KINDS = ('conv', 'depthwise', 'pointwise', 'linear')
+SCALES = ('relative', 'plain')
+# What settings were before they existed, for files from then
+BEFORE = dict(scale='plain')
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 logger = logging.getLogger('liera_mm')
 
@@ -49,6 +52,7 @@ def adapt(model: nn.Module,
           alpha: float = 32,
           method: str = 'lora',
           update: str = 'taylor',
+          scale: str = 'relative',
           targets: Sequence[str] = KINDS,
           overrides: Sequence[Dict[str, Any]] = (),
           train_norm: bool = False,
@@ -66,6 +70,9 @@ def adapt(model: nn.Module,
         alpha: Numerator of the scale alpha / rank of Δ.
         method: How Δ is parameterised: ``lora``, ``pissa`` or ``dora`` (low-rank factors), or ``dense``.
         update: How Δ moves the weight: ``taylor`` (LieRA, Eq. 8), ``exp`` (Eq. 5) or ``additive`` (LoRA, Eq. 2).
+        scale: ``relative`` divides Δ by the root mean square of the layer's frozen weight under the multiplicative updates:
+            then the same alpha and learning rate move a weight as far as they do under ``additive``, where the setting
+            changes nothing. ``plain`` is the paper's form, without that.
         targets: Which layers to adapt: layer kinds (``conv``, ``depthwise``, ``pointwise``, ``linear``; one layer is of one
             kind, see :func:`layer_kind`), globs on module names (``stages.3.*``; ``*`` crosses dots), or regular
             expressions that match whole module names (``re:stages\\.[23]\\..*``). Of a kind, layers that cannot be adapted
@@ -73,7 +80,7 @@ def adapt(model: nn.Module,
             log says so. A layer that a glob or a regular expression names is refused instead. Empty if only norms, all
             biases or what ``train`` names are to train.
         overrides: Settings of some of those layers: dicts of ``targets`` and any of ``rank``, ``alpha``, ``method``,
-            ``update``. Where several match, the last wins.
+            ``update``, ``scale``. Where several match, the last wins.
         train_norm: Train the parameters of normalisation layers too.
         train_bias: Train the biases of the adapted layers too; ``'all'``: every bias of the model, those of norms included,
             which without targets is BitFit.
@@ -92,7 +99,7 @@ def adapt(model: nn.Module,
     """
     if any(isinstance(m, AdaptedLayer) for m in model.modules()):
         raise ValueError('this model is adapted already: export() it first, or adapt a fresh one')
-    settings = dict(rank=rank, alpha=alpha, method=method, update=update)
+    settings = dict(rank=rank, alpha=alpha, method=method, update=update, scale=scale)
     _check_settings(settings)
     if train_bias not in (True, False, 'all'):
         raise ValueError(f"train_bias must be True, False or 'all', not {train_bias!r}")
@@ -237,6 +244,11 @@ def is_norm(module: nn.Module) -> bool:
     return isinstance(module, NORMS) or type(module).__name__ == 'GRN'
 
 
+def scale_of(layer: AdaptedLayer) -> str:
+    """What the Δ of a layer is measured in, one of ``SCALES``; ``-`` under ``additive``, where both are the same."""
+    return '-' if layer.update not in MULTIPLICATIVE else 'plain' if layer.adapter.rms is None else 'relative'
+
+
 class SummaryRow(NamedTuple):
     """One adapted layer: counts are numbers of parameters."""
     layer: str
@@ -244,6 +256,7 @@ class SummaryRow(NamedTuple):
     shape: Tuple[int, ...]
     method: str
     update: str
+    scale: str
     rank: Optional[int]
     trainable: int
     frozen: int
@@ -265,7 +278,7 @@ class Summary(List[SummaryRow]):
         cells = [SummaryRow._fields]
         for row in self:
             shape = ' x '.join(map(str, row.shape))
-            cells.append((row.layer, row.kind, shape, row.method, row.update, str(row.rank or '-'),
+            cells.append((row.layer, row.kind, shape, row.method, row.update, row.scale, str(row.rank or '-'),
                           f'{row.trainable:,}', f'{row.frozen:,}'))
         lines = table_lines(cells)
         adapters = sum(row.trainable for row in self)
@@ -294,7 +307,7 @@ def summary(model: nn.Module) -> Summary:
         frozen = sum(p.numel() for p in layer.parameters(recurse=False) if not p.requires_grad)
         rows.append(
             SummaryRow(name, layer_kind(layer), tuple(layer.weight.shape), layer.method, layer.update,
-                       layer.adapter.rank, trainable, frozen))
+                       scale_of(layer), layer.adapter.rank, trainable, frozen))
     parameters = list(model.parameters())
     return Summary(rows, sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
 
@@ -353,6 +366,7 @@ def export(model: nn.Module) -> Dict[str, Tensor]:
 def _check_settings(settings: Dict[str, Any]) -> None:
     check_choice('method', settings['method'], METHODS)
     check_choice('update', settings['update'], UPDATES)
+    check_choice('scale', settings['scale'], SCALES)
     rank, alpha = settings['rank'], settings['alpha']
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f'rank must be a whole number of at least 1, not {rank!r}')

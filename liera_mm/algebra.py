@@ -4,7 +4,7 @@
 holds the trained tensors; calling it gives Δ in float32 or better, and Δ is exactly zero at start.
 """
 import math
-from typing import Optional, Tuple
+from typing import Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +34,18 @@ def factor_shapes(weight_shape: torch.Size, groups: int, rank: int) -> Tuple[Tup
     return (inner, d1 * groups * q), (d0 // groups * p, inner)
 
 
-def low_rank(a: Tensor, b: Tensor, scale: float, shape: torch.Size) -> Tensor:
+def low_rank(a: Tensor, b: Tensor, scale: Union[float, Tensor], shape: torch.Size) -> Tensor:
     """Δ = scale · reshape(B A), the update of LoRA (Eq. 1 and 2) as an element of the Lie algebra."""
     return (b @ a).view(shape) * scale
+
+
+def root_mean_square(weight: Tensor) -> Tensor:
+    """The unit in which ``scale='relative'`` measures Δ, without dimensions and in float32 or better.
+
+    It is 1 for a weight that has none: of zeros, which no multiplicative update moves, or with values that are not finite.
+    """
+    rms = weight.detach().double().square().mean().sqrt().to(torch.promote_types(weight.dtype, torch.float32))
+    return torch.where((rms >= torch.finfo(rms.dtype).tiny) & rms.isfinite(), rms, 1)
 
 
 def leading_factors(matrix: Tensor, rank: int) -> Tuple[Tensor, Tensor]:
@@ -73,23 +82,40 @@ class Perturbation(nn.Module):
         rank: Rank r of the factors.
         alpha: Numerator of the scale alpha / rank of Δ.
         transposed: Whether the weight is of a transposed convolution.
+        relative: Whether Δ is in units of the weight's root mean square, such that a multiplicative update moves the
+            weight as far as an additive one would.
+
+    Attributes:
+        scale (float): alpha / rank.
+        rms (Tensor | None): The root mean square of the frozen weight, by which a relative Δ is divided.
     """
 
-    def __init__(self, weight: Tensor, groups: int, rank: int, alpha: float, transposed: bool = False):
+    def __init__(self, weight: Tensor, groups: int, rank: int, alpha: float, transposed: bool = False,
+                 relative: bool = False):
         super().__init__()
         self.shape, self.groups, self.rank, self.transposed = weight.shape, groups, rank, transposed
         self.scale = alpha / rank
+        self.register_buffer('rms', at_least_float32(weight.new_ones(())) if relative else None)
         self.build(weight)
+        self.reset(weight)
 
     def build(self, weight: Tensor) -> None:
         """Make the trained tensors, on the device and in the dtype of the weight, such that Δ is zero."""
         raise NotImplementedError
 
+    @torch.no_grad()
     def reset(self, weight: Tensor) -> None:
-        """Compute again what was computed from the frozen weight, since that has changed; for most there is nothing."""
+        """Compute again what is computed from the frozen weight, since that has changed."""
+        if self.rms is not None:
+            self.rms.copy_(root_mean_square(weight))
+
+    @property
+    def factor(self) -> Union[float, Tensor]:
+        """What Δ is multiplied by: alpha / rank, and divided by the weight's root mean square if Δ is relative to it."""
+        return self.scale if self.rms is None else self.scale / at_least_float32(self.rms)
 
     def factors(self) -> Optional[Tuple[Tensor, Tensor]]:
-        """A and B such that Δ = scale · reshape(B A), in float32 or better; None if Δ is not of that form."""
+        """A and B such that Δ = factor · reshape(B A), in float32 or better; None if Δ is not of that form."""
         return None
 
     def finish(self, moved: Tensor) -> Tensor:
@@ -98,17 +124,17 @@ class Perturbation(nn.Module):
 
 
 class Dense(Perturbation):
-    """``method='dense'``: Δ itself is the parameter, in the shape of the weight, zero at start; rank and alpha are unused.
+    """``method='dense'``: Δ itself, in its unit, is the parameter, zero at start; rank and alpha are unused.
 
     For a depthwise kernel it has fewer parameters than the factors of any rank above 1, and contains all their Δ.
     """
 
     def build(self, weight: Tensor) -> None:
-        self.rank = self.scale = None
+        self.rank, self.scale = None, 1.
         self.delta = nn.Parameter(torch.zeros_like(weight))
 
     def forward(self) -> Tensor:
-        return at_least_float32(self.delta)
+        return at_least_float32(self.delta) * self.factor
 
 
 class LowRank(Perturbation):
@@ -124,7 +150,7 @@ class LowRank(Perturbation):
         return at_least_float32(self.A), at_least_float32(self.B)
 
     def forward(self) -> Tensor:
-        return low_rank(*self.factors(), self.scale, self.shape)
+        return low_rank(*self.factors(), self.factor, self.shape)
 
 
 class Pissa(LowRank):
@@ -139,10 +165,10 @@ class Pissa(LowRank):
         super().build(weight)
         self.register_buffer('A0', torch.empty_like(self.A))
         self.register_buffer('B0', torch.empty_like(self.B))
-        self.reset(weight)
 
     @torch.no_grad()
     def reset(self, weight: Tensor) -> None:
+        super().reset(weight)
         if weight.is_meta or not torch.isfinite(weight).all():  # LieRAHook refuses to train on the latter, by name
             return
         matrix = weight.detach().reshape(len(self.B), -1)
@@ -166,10 +192,10 @@ class Dora(LowRank):
     def build(self, weight: Tensor) -> None:
         super().build(weight)
         self.magnitude = nn.Parameter(torch.empty_like(self.norm(at_least_float32(weight))))
-        self.reset(weight)
 
     @torch.no_grad()
     def reset(self, weight: Tensor) -> None:
+        super().reset(weight)
         self.magnitude.copy_(self.norm(at_least_float32(weight)))
 
     def norm(self, weight: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from .adapt import some
+from .adapt import BEFORE, some
 from .adapters import adapter_state_dict, frozen_names, start_adapter
 from .version import __version__
 
@@ -133,7 +133,7 @@ def _read(model: nn.Module, path: Union[str, os.PathLike]) -> Dict[str, Tensor]:
         raise ValueError(f'{path} is no adapter file, or a damaged one: {error}') from error
     config, base = (_parse(path, metadata, key) for key in ('config', 'fingerprint'))
     ours, here = json.loads(json.dumps(model.liera)), fingerprint(model)
-    different = differences(config, ours)
+    different = differences({**BEFORE, **config}, ours)
     if different:
         raise ValueError(f'{path} was trained with another configuration: {different}')
     different = {name for name in base.keys() | here.keys() if base.get(name) != here.get(name)}

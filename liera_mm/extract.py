@@ -82,7 +82,7 @@ def fit_layer(layer: AdaptedLayer, target: Tensor, steps: int) -> None:
     change = (target - weight).norm()
     with torch.no_grad():
         if isinstance(adapter, Dense):
-            adapter.delta.copy_(INVERSES[layer.update](weight, target))
+            adapter.delta.copy_(INVERSES[layer.update](weight, target) / adapter.factor)
         elif isinstance(adapter, LowRank):
             _start(adapter, layer.update, weight, target)
     if change > 0 and not isinstance(adapter, Dense):
@@ -107,7 +107,7 @@ def _start(adapter: LowRank, update: str, weight: Tensor, target: Tensor) -> Non
         delta = weight * (target - weight) / (weight.square() + weight.square().mean())
     else:
         delta = INVERSES[update](weight, target)
-    product = (delta / adapter.scale).reshape(len(adapter.B), -1)
+    product = (delta / adapter.factor).reshape(len(adapter.B), -1)
     if isinstance(adapter, Pissa):
         product = product + adapter.B0 @ adapter.A0
     a, b = leading_factors(product, len(adapter.A))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .algebra import METHODS, Dora, at_least_float32
-from .group import UPDATES
+from .group import MULTIPLICATIVE, UPDATES
 from .kernels.weight import moved_weights
 
 
@@ -181,12 +181,15 @@ def effective_weights(layers: Sequence[nn.Module], dtype: Optional[torch.dtype] 
                 continue
             if isinstance(adapter, Dora):  # which takes a norm of it
                 result = torch.promote_types(factors[0].dtype, weight.dtype)
-            alike = (weight.shape, weight.dtype, weight.device, factors[0].shape, factors[0].dtype, layer.update,
+            relative = adapter.rms is not None
+            alike = (weight.shape, weight.dtype, weight.device, factors[0].shape, factors[0].dtype, relative, layer.update,
                      adapter.scale, result)
             groups.setdefault(alike, {})[layer] = factors
-        for (*_, update, scale, result), group in groups.items():
+        for (*_, relative, update, scale, result), group in groups.items():
             a, b = zip(*group.values())
-            weights.update(zip(group, moved_weights([layer.weight for layer in group], a, b, scale, update, result)))
+            rms = [at_least_float32(layer.adapter.rms) for layer in group] if relative else None
+            frozen = [layer.weight for layer in group]
+            weights.update(zip(group, moved_weights(frozen, a, b, scale, update, result, rms)))
         for layer in unmerged:
             effective = layer.adapter.finish(weights[layer]).to(dtype or layer.weight.dtype)
             weights[layer] = _in_format_of(layer.weight, effective)
@@ -228,15 +231,18 @@ def _restore(original_class: Type[nn.Module]) -> AdaptedLayer:
     return adapted.__new__(adapted)
 
 
-def adapt_layer(layer: nn.Module, method: str, update: str, rank: int, alpha: float) -> None:
+def adapt_layer(layer: nn.Module, method: str, update: str, scale: str, rank: int, alpha: float) -> None:
     """Turn one layer into its adapted counterpart, in place. Its outputs stay as they were until the adapter trains.
+
+    The arguments are those of :func:`liera_mm.adapt`.
 
     Raises:
         TypeError: If the layer's class cannot be adapted (see :func:`adapted_class`).
     """
     adapted = adapted_class(type(layer))
     transposed = getattr(layer, 'transposed', False)
-    adapter = METHODS[method](layer.weight.detach(), getattr(layer, 'groups', 1), rank, alpha, transposed)
+    relative = scale == 'relative' and update in MULTIPLICATIVE
+    adapter = METHODS[method](layer.weight.detach(), getattr(layer, 'groups', 1), rank, alpha, transposed, relative)
     layer.adapter = adapter.train(layer.training)
     layer.register_buffer('unmerged_weight', None, persistent=False)
     layer.method, layer.update = method, update

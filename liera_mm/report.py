@@ -6,7 +6,7 @@ from typing import List, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from .adapt import adapted_layers, layer_kind
+from .adapt import adapted_layers, layer_kind, scale_of
 from .algebra import factor_shapes
 from .group import MULTIPLICATIVE, UPDATES
 from .layers import AdaptedLayer
@@ -54,6 +54,7 @@ class LayerReport(NamedTuple):
         kind: Its kind, see :func:`~liera_mm.adapt.layer_kind`.
         method: Name of the parameterisation of Δ.
         update: Name of the rule that applies Δ.
+        scale: What Δ is measured in, see :func:`~liera_mm.adapt.scale_of`.
         matrix: Rows n and columns m of the weight's matrix view, see :func:`~liera_mm.algebra.factor_shapes`.
         delta_rank: Largest rank that Δ can have as a matrix: the rows of A, rank · k (PiSSA's two products: twice that), or
             min(n, m) where that is less. Under ``additive`` it is the rank capacity of the paper's Section 4.4.
@@ -73,6 +74,7 @@ class LayerReport(NamedTuple):
     kind: str
     method: str
     update: str
+    scale: str
     matrix: Tuple[int, int]
     delta_rank: int
     rank: Optional[int]
@@ -125,6 +127,7 @@ def _layer_report(name: str, layer: AdaptedLayer) -> LayerReport:
         layer_kind(layer),
         layer.method,
         layer.update,
+        scale_of(layer),
         matrix=(rows, columns),
         delta_rank=min(rows, columns, len(factors[0]) if factors else rows),
         rank=numerical_rank(change) if torch.isfinite(change).all() else None,

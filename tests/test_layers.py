@@ -1,4 +1,4 @@
-"""One matrix of promises: every kind of layer x every update x every method keeps each of them.
+"""One matrix of promises: every kind of layer x every method x every update x every scale keeps each of them.
 
 A new kind of layer is a line in ``KINDS``. A new method or update joins by itself; the formula that it has to match
 goes into ``DELTAS`` or ``MOVES``.
@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from liera_mm import adapt, adapter_state_dict, export, load_adapter, merge, save_adapter, unmerge
+from liera_mm.adapt import SCALES
 from liera_mm.algebra import METHODS
 from liera_mm.group import UPDATES
 from liera_mm.layers import adapt_layer, adapted_class
@@ -77,6 +78,8 @@ DELTAS = {
     'dora': LOW_RANK,
     'dense': lambda old, new: new['delta'],
 }
+# Under additive both scales are the same: test_adapt.py
+SETTINGS = [(m, u, s) for m in METHODS for u in UPDATES for s in SCALES if (u, s) != ('additive', 'relative')]
 MOVES = {
     'additive': lambda w, d: w + d,
     'taylor': lambda w, d: w * (1 + d),
@@ -87,10 +90,11 @@ MOVES = {
 class Case:
     """One cell of the matrix: a layer, its adapted copy with trained factors, and an input."""
 
-    def __init__(self, kind, method, update, dtype=torch.float32):
+    def __init__(self, kind, method, update, scale='plain', dtype=torch.float32):
         make, shape, self.function = KINDS[kind]
-        self.settings = {'rank': RANK, 'alpha': ALPHA, 'method': method, 'update': update}
+        self.settings = {'rank': RANK, 'alpha': ALPHA, 'method': method, 'update': update, 'scale': scale}
         self.base = make().to(dtype)
+        self.rms = self.base.weight.detach().pow(2).mean().sqrt() if scale == 'relative' else torch.ones(())
         self.x = torch.randn(shape, dtype=dtype)
         self.layer = self.fresh()
         self.old = {name: p.detach().clone() for name, p in self.layer.adapter.named_parameters()}
@@ -107,7 +111,7 @@ class Case:
     def reference_weight(self, new):
         """The effective weight by its definition."""
         weight = self.base.weight.detach()
-        delta = DELTAS[self.settings['method']](self.old, new).reshape(weight.shape)
+        delta = DELTAS[self.settings['method']](self.old, new).reshape(weight.shape) / self.rms
         moved = MOVES[self.settings['update']](weight, delta)
         if self.settings['method'] != 'dora':
             return moved
@@ -124,25 +128,26 @@ class Case:
 
 @torch.no_grad()
 def train(layer):
+    unit = 1 if layer.adapter.rms is None else layer.adapter.rms  # moves as far as in the plain scale
     for parameter in layer.adapter.parameters():
-        parameter.add_(.2 * torch.randn_like(parameter))
+        parameter.add_(.2 * unit * torch.randn_like(parameter))
     return layer
 
 
 def all_cases(*kinds):
     return pytest.mark.parametrize(
-        ('kind', 'method', 'update'),
-        [pytest.param(k, m, u, id=f'{k}-{m}-{u}') for k in kinds or KINDS for m in METHODS for u in UPDATES])
+        ('kind', 'method', 'update', 'scale'),
+        [pytest.param(k, *setting, id='-'.join([k, *setting])) for k in kinds or KINDS for setting in SETTINGS])
 
 
 @pytest.fixture
-def case(seed, kind, method, update):
-    return Case(kind, method, update)
+def case(seed, kind, method, update, scale):
+    return Case(kind, method, update, scale)
 
 
 @pytest.fixture
-def double(seed, kind, method, update):
-    return Case(kind, method, update, torch.float64)
+def double(seed, kind, method, update, scale):
+    return Case(kind, method, update, scale, torch.float64)
 
 
 def assert_close(actual, expected, relative=1e-6):
@@ -260,7 +265,7 @@ def test_dora_where_squares_leave_single_precision(seed, kind, update, size):
 
 
 def test_linear_taylor_formula():
-    layer = adapt(nn.Linear(6, 4), rank=2, alpha=5, update='taylor')
+    layer = adapt(nn.Linear(6, 4), rank=2, alpha=5, update='taylor', scale='plain')
     train(layer)
     x, w, a, b = torch.randn(3, 6), layer.weight, layer.adapter.A, layer.adapter.B
     assert_close(layer(x), x @ w.T + 5 / 2 * x @ (w * (b @ a)).T + layer.bias)
@@ -438,6 +443,7 @@ def test_other_precisions(case, dtype):
     wide = torch.promote_types(dtype, torch.float32)
     case.base.to(wide)
     case.old = {name: p.to(dtype).to(wide) for name, p in case.old.items()}
+    case.rms = case.rms.to(dtype if dtype.itemsize < 4 else torch.float32).to(wide)
     exact = case.reference_weight({name: p.to(wide) for name, p in case.parameters().items()})
     effective = layer.effective_weight()
     assert effective.dtype == dtype
@@ -452,7 +458,7 @@ def test_other_precisions(case, dtype):
 @pytest.mark.parametrize('method', METHODS)
 def test_starts_as_it_was_in_half_precision(method, update, dtype):
     layer = nn.Linear(64, 64, dtype=dtype)
-    adapt_layer(layer, method, update, rank=4, alpha=8)
+    adapt_layer(layer, method, update, 'relative', rank=4, alpha=8)
     assert torch.equal(layer.effective_weight(), layer.weight)
 
 

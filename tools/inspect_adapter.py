@@ -80,11 +80,11 @@ def by_depth(reports: List[LayerReport]) -> List[LayerReport]:
 def table(reports: List[LayerReport]) -> str:
     """The reports as text, a row a layer, and what stands out in them."""
     quantiles = [f'{share:.0%}' for share in QUANTILES]
-    rows = [['layer', 'kind', 'method', 'update', 'n x m', 'rank', 'rank of Δ <=', 'change of W',
+    rows = [['layer', 'kind', 'method', 'update', 'scale', 'n x m', 'rank', 'rank of Δ <=', 'change of W',
              *(f'|Δ| {share}' for share in quantiles), 'Taylor error', 'of ‖Δ‖', 'Δ <= -1', 'parameters', 'weights']]
     for row in reports:
         rows.append([
-            row.layer, row.kind, row.method, row.update, ' x '.join(map(str, row.matrix)),
+            row.layer, row.kind, row.method, row.update, row.scale, ' x '.join(map(str, row.matrix)),
             '-' if row.rank is None else str(row.rank), str(row.delta_rank),
             number(row.relative_change, '.2%'), *(f'{value:.2e}' for value in row.delta_quantiles),
             number(row.taylor_error, '.2e'), number(row.relative_taylor_error, '.3%'), number(row.sign_change_share, '.4%'),

@@ -13,17 +13,20 @@ from ..algebra import at_least_float32, low_rank
 from ..group import SLOPES, UPDATES
 
 
-def moved_weights(weights: Sequence[Tensor], a: Tensor, b: Tensor, scale: float, update: str, dtype: torch.dtype) -> Tensor:
-    """Weights of one shape, moved by Δ = scale · reshape(B A) under an update rule; the factors and results are stacked."""
-    moved = [UPDATES[update](at_least_float32(w), low_rank(*factors, scale, w.shape)) for w, *factors in zip(weights, a, b)]
+def moved_weights(weights: Sequence[Tensor], a: Tensor, b: Tensor, scale: float, rms: Optional[Sequence[Tensor]],
+                  update: str, dtype: torch.dtype) -> Tensor:
+    """Weights of one shape, moved by Δ = scale / rms · reshape(B A) under an update rule; factors and results stacked."""
+    moved = [UPDATES[update](at_least_float32(w), low_rank(*factors, scale / unit, w.shape))
+             for w, *factors, unit in zip(weights, a, b, rms or [1] * len(weights))]
     return torch.stack(moved).to(dtype)
 
 
-def delta_grads(weights: Sequence[Tensor], a: Tensor, b: Tensor, scale: float, update: str, grad: Tensor) -> Tensor:
-    """The gradients of every Δ in its matrix view, from those of the moved weights, all stacked."""
-    slopes = [SLOPES[update](at_least_float32(w), low_rank(*factors, scale, w.shape)) for w, *factors in zip(weights, a, b)]
-    grads = torch.stack([at_least_float32(g) * slope for g, slope in zip(grad, slopes)])
-    return grads.reshape(len(a), b.shape[1], a.shape[2])
+def product_grads(weights: Sequence[Tensor], a: Tensor, b: Tensor, scale: float, rms: Optional[Sequence[Tensor]],
+                  update: str, grad: Tensor) -> Tensor:
+    """The gradients of every product B A from those of the moved weights, all stacked."""
+    grads = [at_least_float32(g) * SLOPES[update](at_least_float32(w), low_rank(*factors, scale / unit, w.shape)) * (scale / unit)
+             for w, *factors, g, unit in zip(weights, a, b, grad, rms or [1] * len(weights))]
+    return torch.stack(grads).reshape(len(a), b.shape[1], a.shape[2])
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tuple[Tensor, Tensor, Tensor]:

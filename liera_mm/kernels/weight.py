@@ -2,7 +2,7 @@
 
 Nothing of a weight's size is kept for the backward pass: Δ is computed again from the factors.
 """
-from typing import List, Sequence
+from typing import List, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ from . import ops_for
 
 
 def moved_weights(weights: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor], scale: float, update: str,
-                  dtype: torch.dtype) -> List[Tensor]:
-    """Weights moved by their Δ = scale · reshape(B A): ``UPDATES[update](weight, Δ)``, computed in float32 or better.
+                  dtype: torch.dtype, rms: Optional[Sequence[Tensor]] = None) -> List[Tensor]:
+    """Weights moved by their Δ = scale / rms · reshape(B A): ``UPDATES[update](weight, Δ)``, in float32 or better.
 
     Args:
         weights: Frozen weights of one shape and dtype.
@@ -23,38 +23,40 @@ def moved_weights(weights: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Te
         scale: Factor of every Δ.
         update: Name of the update rule.
         dtype: Of the results, for instance that of autocast.
+        rms: The unit of every weight's Δ, without dimensions and in the factors' precision; None for 1.
 
     Returns:
         The moved weights, in the shape of the frozen ones and contiguous.
     """
-    return list(_MovedWeights.apply(scale, update, dtype, *weights, *a, *b))
+    return list(_MovedWeights.apply(scale, update, dtype, len(weights), *weights, *a, *b, *rms or ()))
 
 
 class _MovedWeights(torch.autograd.Function):
 
     @staticmethod
-    def forward(ctx, scale, update, dtype, *tensors):
+    def forward(ctx, scale, update, dtype, layers, *tensors):
         ctx.save_for_backward(*tensors)
-        ctx.scale, ctx.update = scale, update
-        weights, a, b = _split(tensors)
-        return ops_for(*weights, a, b).moved_weights(weights, a, b, scale, update, dtype).unbind()
+        ctx.scale, ctx.update, ctx.layers = scale, update, layers
+        weights, a, b, rms = _split(layers, tensors)
+        return ops_for(*weights, a, b).moved_weights(weights, a, b, scale, rms, update, dtype).unbind()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        weights, a, b = _split(ctx.saved_tensors)
-        layers, grads = len(weights), _stack(grads)
-        weight_grads = [None] * layers
-        if any(ctx.needs_input_grad[3:3 + layers]):
-            weight_grads = [_weight_grad(*args, ctx.scale, ctx.update) for args in zip(weights, a, b, grads)]
-        slopes = ops_for(*weights, a, b).delta_grads(weights, a, b, ctx.scale, ctx.update, grads)
-        return None, None, None, *weight_grads, *(ctx.scale * (b.mT @ slopes)), *(ctx.scale * (slopes @ a.mT))
+        weights, a, b, rms = _split(ctx.layers, ctx.saved_tensors)
+        grads = _stack(grads)
+        weight_grads = [None] * ctx.layers
+        if any(ctx.needs_input_grad[4:4 + ctx.layers]):
+            weight_grads = [_weight_grad(*args, ctx.scale / unit, ctx.update)
+                            for *args, unit in zip(weights, a, b, grads, rms or [1] * ctx.layers)]
+        products = ops_for(*weights, a, b).product_grads(weights, a, b, ctx.scale, rms, ctx.update, grads)
+        return None, None, None, None, *weight_grads, *(b.mT @ products), *(products @ a.mT), *[None] * len(rms or ())
 
 
-def _split(tensors):
-    layers = len(tensors) // 3
+def _split(layers, tensors):
     weights = [weight.contiguous() for weight in tensors[:layers]]
-    return weights, _stack(tensors[layers:2 * layers]), _stack(tensors[2 * layers:])
+    a, b = (_stack(tensors[start:start + layers]) for start in (layers, 2 * layers))
+    return weights, a, b, tensors[3 * layers:] or None
 
 
 def _stack(tensors):

@@ -11,7 +11,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..adapt import some, without_adapters
+from ..adapt import BEFORE, some, without_adapters
 from ..checkpoint import differences, digest
 from ..errors import SetupError
 from ..version import __version__
@@ -90,7 +90,8 @@ class PretrainedBackbone:
         Raises:
             SetupError: If they were trained with another update, rank, alpha or target; names the difference.
         """
-        different = differences(record['liera'] or {}, self._settings() or {})
+        theirs = record['liera'] and {**BEFORE, **record['liera']}
+        different = differences(theirs or {}, self._settings() or {})
         if different:
             raise SetupError(f'the checkpoint was trained with other liera settings: {different}',
                              'Use the config in the work dir of that checkpoint')

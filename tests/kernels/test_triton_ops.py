@@ -47,13 +47,15 @@ PARTS = dict(gelu=1, scaled_weights=0, weight_grad=0)  # dimension of sums that 
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('relative', [False, True])
 @pytest.mark.parametrize('update', ['additive', 'taylor', 'exp'])
 @pytest.mark.parametrize('layers, rows, cols, inner', [(1, 5, 3, 1), (2, 7, 147, 14), (3, 33, 70, 16), (1, 64, 64, 35)])
-def test_moved_weights_and_their_gradient(layers, rows, cols, inner, update, dtype):
-    weights = [random(rows, cols) for _ in range(layers)]
+def test_moved_weights_and_their_gradient(layers, rows, cols, inner, update, relative, dtype):
+    weights = [random(rows, cols, dtype=dtype) for _ in range(layers)]
     a, b = .3 * random(layers, inner, cols), .3 * random(layers, rows, inner)
-    agree('moved_weights', dtype, weights, a, b, .7, update, dtype)
-    agree('delta_grads', dtype, weights, a, b, .7, update, random(layers, rows, cols, dtype=dtype))
+    rms = [.2 + torch.rand((), device=DEVICE) for _ in range(layers)] if relative else None
+    agree('moved_weights', dtype, weights, a, b, .7, rms, update, dtype)
+    agree('product_grads', dtype, weights, a, b, .7, rms, update, random(layers, rows, cols, dtype=dtype))
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)

@@ -19,16 +19,18 @@ def random_layers(shape, layers=2, dtype=torch.float64):
     return [[torch.randn(s, dtype=dtype, requires_grad=True) for _ in range(layers)] for s in (shape, *shapes)]
 
 
+@pytest.mark.parametrize('rms', [None, (.5, 4.)], ids=['plain', 'relative'])
 @pytest.mark.parametrize('update', UPDATES)
 @pytest.mark.parametrize('shape', SHAPES.values(), ids=SHAPES)
-def test_values_and_gradients(shape, update):
+def test_values_and_gradients(shape, update, rms):
     weights, a, b = random_layers(shape)
+    units = rms and [torch.tensor(unit, dtype=torch.float64) for unit in rms]
 
     def move(*tensors):
-        return tuple(moved_weights(tensors[:2], tensors[2:4], tensors[4:], .3, update, torch.float64))
+        return tuple(moved_weights(tensors[:2], tensors[2:4], tensors[4:], .3, update, torch.float64, units))
 
-    for moved, *args in zip(move(*weights, *a, *b), weights, a, b):
-        expected = UPDATES[update](args[0], low_rank(*args[1:], .3, args[0].shape))
+    for moved, *args, unit in zip(move(*weights, *a, *b), weights, a, b, rms or (1, 1)):
+        expected = UPDATES[update](args[0], low_rank(*args[1:], .3 / unit, args[0].shape))
         torch.testing.assert_close(moved, expected)
     assert gradcheck(move, (*weights, *a, *b))
 
