@@ -82,9 +82,11 @@ def perturb():
 
     @torch.no_grad()
     def move(model):
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(.2 * torch.randn_like(parameter))
+        for module in model.modules():
+            unit = getattr(module, 'rms', None)  # what a relative Δ is divided by
+            for parameter in module.parameters(recurse=False):
+                if parameter.requires_grad:
+                    parameter.add_((.2 if unit is None else .2 * unit) * torch.randn_like(parameter))
         return model
 
     return move

@@ -113,7 +113,8 @@ def test_default_targets_do_not_need_every_kind():
     ([{'targets': ['depthwise'], 'rank': 2}], ('lora', 'taylor', 2, 4.)),
     ([{'targets': ['depthwise'], 'alpha': 2}], ('lora', 'taylor', 4, .5)),
     ([{'targets': ['depthwise'], 'update': 'exp', 'rank': 1}], ('lora', 'exp', 1, 8.)),
-    ([{'targets': ['depthwise'], 'method': 'dense'}], ('dense', 'taylor', None, None)),
+    ([{'targets': ['depthwise'], 'method': 'dense'}], ('dense', 'taylor', None, 1)),
+    ([{'targets': ['depthwise'], 'scale': 'plain'}], ('lora', 'taylor', 4, 2.)),
     ([{'targets': ['depthwise'], 'rank': 2}, {'targets': ['stages.*'], 'rank': 3}], ('lora', 'taylor', 3, 8 / 3)),
     ([{'targets': ['stages.*'], 'rank': 3}, {'targets': ['depthwise'], 'rank': 2}], ('lora', 'taylor', 2, 4.)),
     ([{'targets': ['depthwise'], 'rank': 2}, {'targets': ['stages.*'], 'alpha': 6}], ('lora', 'taylor', 2, 3.)),
@@ -123,8 +124,9 @@ def test_overrides(net, overrides, expected):
     given = copy.deepcopy(overrides)
     adapt(net, rank=4, alpha=8, overrides=overrides)
     layer = net.stages[1].depthwise_conv
-    assert (layer.method, layer.update, layer.adapter.rank, getattr(layer.adapter, 'scale', None)) == expected
+    assert (layer.method, layer.update, layer.adapter.rank, layer.adapter.scale) == expected
     assert (net.stem[0].method, net.stem[0].update, net.stem[0].adapter.rank) == ('lora', 'taylor', 4)
+    assert (layer.adapter.rms is None) == any(override.get('scale') == 'plain' for override in overrides)
     assert overrides == given
     assert len(names(net)) == 8
 
@@ -148,6 +150,8 @@ def test_overrides(net, overrides, expected):
     ({'method': None}, 'method None'),
     ({'method': ['lora']}, r"method \['lora'\]"),
     ({'update': 'tailor'}, "update 'tailor'.*did you mean 'taylor'"),
+    ({'scale': 'absolute'}, "scale 'absolute'.*known: relative, plain"),
+    ({'overrides': [{'targets': ['linear'], 'scale': 'relativ'}]}, "'relativ'.*did you mean 'relative'"),
     ({'update': 'Additive'}, "update 'Additive'.*did you mean 'additive'"),
     ({'targets': 'linear'}, r"list.*\['linear'\]"),
     ({'targets': []}, 'no targets'),
@@ -635,10 +639,10 @@ def test_a_layer_under_two_names(perturb):
 def test_summary(net):
     rows = summary(adapt(net, rank=2, alpha=4, overrides=[{'targets': ['depthwise'], 'method': 'dense'},
                                                           {'targets': ['head'], 'update': 'additive'}]))
-    assert tuple(rows[0]) == ('stem.0', 'conv', (4, 3, 3, 3), 'lora', 'taylor', 2, 6 * 9 + 12 * 6, 4 * 27 + 4)
-    assert tuple(rows[1]) == ('stages.0.depthwise_conv', 'depthwise', (4, 1, 3, 3), 'dense', 'taylor', None, 36, 36 + 4)
-    assert tuple(rows[3]) == ('stages.0.pointwise_conv2', 'pointwise', (4, 8, 1, 1), 'lora', 'taylor', 2, 24, 32)
-    assert tuple(rows[-1]) == ('head', 'linear', (2, 4), 'lora', 'additive', 2, 12, 8 + 2)
+    assert tuple(rows[0]) == ('stem.0', 'conv', (4, 3, 3, 3), 'lora', 'taylor', 'relative', 2, 6 * 9 + 12 * 6, 4 * 27 + 4)
+    assert tuple(rows[1]) == ('stages.0.depthwise_conv', 'depthwise', (4, 1, 3, 3), 'dense', 'taylor', 'relative', None, 36, 36 + 4)
+    assert tuple(rows[3]) == ('stages.0.pointwise_conv2', 'pointwise', (4, 8, 1, 1), 'lora', 'taylor', 'relative', 2, 24, 32)
+    assert tuple(rows[-1]) == ('head', 'linear', (2, 4), 'lora', 'additive', '-', 2, 12, 8 + 2)
     assert [row.layer for row in rows] == names(net)
     assert rows.trainable == sum(row.trainable for row in rows) == 126 + 2 * (36 + 24 + 24) + 12
     assert rows.total == sum(p.numel() for p in net.parameters())
@@ -647,10 +651,10 @@ def test_summary(net):
 def test_summary_as_text(net):
     rows = summary(adapt(net, rank=2, train_norm=True, overrides=[{'targets': ['depthwise'], 'method': 'dense'}]))
     header, *body, total = str(rows).splitlines()
-    assert header.split() == ['layer', 'kind', 'shape', 'method', 'update', 'rank', 'trainable', 'frozen']
+    assert header.split() == ['layer', 'kind', 'shape', 'method', 'update', 'scale', 'rank', 'trainable', 'frozen']
     assert len(body) == len(rows) == 8
-    assert re.split(r'\s{2,}', body[0]) == ['stem.0', 'conv', '4 x 3 x 3 x 3', 'lora', 'taylor', '2', '126', '112']
-    assert re.split(r'\s{2,}', body[1])[3:6] == ['dense', 'taylor', '-']
+    assert re.split(r'\s{2,}', body[0]) == ['stem.0', 'conv', '4 x 3 x 3 x 3', 'lora', 'taylor', 'relative', '2', '126', '112']
+    assert re.split(r'\s{2,}', body[1])[3:7] == ['dense', 'taylor', 'relative', '-']
     assert total.startswith('8 adapted layers with 306 parameters')
     assert f'{rows.trainable:,} of {rows.total:,}' in total
     assert rows.trainable == 306 + 8 + 2 * (8 + 16)  # the batch norm, two norms, two GRN
@@ -718,3 +722,60 @@ def test_a_perturbation_starts_from_the_weights_that_arrive_after_it(net, image,
     # Trained perturbations are never started anew
     net.load_state_dict(pretrained, strict=False)
     assert torch.equal(resumed(image), net(image))
+
+
+# Units of Δ
+
+
+@pytest.mark.parametrize('update', UPDATES)
+@pytest.mark.parametrize('rms', [.03, .1, .3])
+def test_relative_steps_move_a_weight_as_far_as_additive_ones(update, rms):
+    """After 20 steps of AdamW on one objective, at one alpha and learning rate."""
+
+    def moved(update, scale):
+        torch.manual_seed(0)
+        layer = nn.Sequential(nn.Linear(64, 64))
+        nn.init.normal_(layer[0].weight, std=rms)
+        goal = layer[0].weight + torch.randn(64, 64)
+        adapt(layer, rank=8, alpha=32, update=update, scale=scale)
+        optimizer = torch.optim.AdamW(layer[0].adapter.parameters(), lr=1e-4)
+        for _ in range(20):
+            optimizer.zero_grad()
+            (layer[0].effective_weight() - goal).square().sum().backward()
+            optimizer.step()
+        return (layer[0].effective_weight() - layer[0].weight).norm().item()
+
+    assert moved(update, 'relative') == pytest.approx(moved('additive', 'plain'), rel=.1)
+    if update != 'additive':
+        assert moved(update, 'plain') < .5 * moved(update, 'relative')
+
+
+def test_scales_are_the_same_under_additive(net):
+    twin = adapt(copy.deepcopy(net), update='additive', scale='plain')
+    adapt(net, update='additive', scale='relative')
+    assert list(net.state_dict()) == list(twin.state_dict())
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_the_unit_is_that_of_the_weight_that_was_frozen_and_is_never_computed_again(net, perturb, method):
+    adapt(net, rank=2, method=method)
+    layer = net.head
+    base = {name: 3 * tensor for name, tensor in net.state_dict().items() if '.adapter.' not in name}
+    net.load_state_dict(base, strict=False)
+    unit = layer.weight.square().mean().sqrt()
+    assert torch.allclose(layer.adapter.rms, unit)
+    perturb(net)
+    net.load_state_dict({name: 2 * tensor for name, tensor in base.items()}, strict=False)
+    assert torch.allclose(layer.adapter.rms, unit)
+    assert torch.equal(adapter_state_dict(net)['head.adapter.rms'], layer.adapter.rms)
+
+
+@pytest.mark.parametrize('value', [0., 1e-30])
+@pytest.mark.parametrize('method', METHODS)
+def test_a_weight_without_a_unit(method, value):
+    layer = nn.Sequential(nn.Linear(4, 4))
+    nn.init.constant_(layer[0].weight, value)
+    adapt(layer, rank=2, method=method)
+    assert torch.equal(layer[0].effective_weight(), layer[0].weight)
+    layer[0].effective_weight().sum().backward()
+    assert all(p.grad.isfinite().all() for p in layer[0].adapter.parameters())

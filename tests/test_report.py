@@ -30,7 +30,7 @@ def test_range_report(merged):
         with torch.no_grad():
             layer.weight.fill_(1).view(-1)[:zeros] = 0
     overrides = [{'targets': ['1'], 'update': 'exp'}, {'targets': ['3'], 'update': 'additive'}]
-    adapt(model, method='dense', overrides=overrides)
+    adapt(model, method='dense', scale='plain', overrides=overrides)
     set_delta(model[0], [[-.999, 1.], [-1., -2.], [0., 0.], [0., 0.], [-1.5, 3.]])
     set_delta(model[1], -4.)
     set_delta(model[3], 3.5)
@@ -52,7 +52,7 @@ def test_range_report_at_start(net):
 @pytest.mark.parametrize('position', [0, 1, 2])
 @pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
 def test_range_report_names_the_layer_that_is_not_finite(position, value):
-    model = adapt(nn.Sequential(*[nn.Linear(2, 2) for _ in range(3)]), method='dense')
+    model = adapt(nn.Sequential(*[nn.Linear(2, 2) for _ in range(3)]), method='dense', scale='plain')
     for layer in model:
         set_delta(layer, 5.)
     set_delta(model[position], [[1., value], [2., 3.]])
@@ -121,7 +121,7 @@ def test_change_of_the_weight(net, perturb, method, update):
 def test_change_of_a_weight_of_zeros(update):
     model = nn.Sequential(nn.Linear(3, 3))
     nn.init.zeros_(model[0].weight)
-    set_delta(adapt(model, method='dense', update=update)[0], 1.)
+    set_delta(adapt(model, method='dense', update=update, scale='plain')[0], 1.)
     assert layer_reports(model)[0].relative_change is None
 
 
@@ -147,15 +147,15 @@ def test_at_start_nothing_has_changed(net, method, update):
 def test_reports_are_those_of_the_summary(net, perturb, method, update):
     perturb(adapt(net, rank=2, method=method, update=update))
     reports = layer_reports(net)
-    assert [(row.layer, row.kind, row.method, row.update, row.parameters) for row in reports] == [
-        (row.layer, row.kind, row.method, row.update, row.trainable) for row in summary(net)]
+    assert [(row.layer, row.kind, row.method, row.update, row.scale, row.parameters) for row in reports] == [
+        (row.layer, row.kind, row.method, row.update, row.scale, row.trainable) for row in summary(net)]
     for report in reports:
         assert report.weights == math.prod(report.matrix) == net.get_submodule(report.layer).weight.numel()
     assert layer_reports(merge(net)) == reports
 
 
 def test_quantiles():
-    model = adapt(nn.Sequential(nn.Linear(100, 10)), method='dense')
+    model = adapt(nn.Sequential(nn.Linear(100, 10)), method='dense', scale='plain')
     set_delta(model[0], (torch.randperm(1000).double().add(1) * torch.randn(1000).sign()).view(10, 100))
     assert layer_reports(model)[0].delta_quantiles == (500, 900, 990, 1000)
 
@@ -163,7 +163,7 @@ def test_quantiles():
 @pytest.mark.parametrize('update', ['taylor', 'exp'])
 @pytest.mark.parametrize('delta', [1e-6, .25, -3.])
 def test_error_of_the_taylor_form(update, delta):
-    model = adapt(nn.Sequential(nn.Linear(4, 9)), method='dense', update=update)
+    model = adapt(nn.Sequential(nn.Linear(4, 9)), method='dense', update=update, scale='plain')
     set_delta(model[0], delta)
     report, = layer_reports(model)
     exact = model[0].adapter.delta[0, 0].item()
@@ -174,7 +174,7 @@ def test_error_of_the_taylor_form(update, delta):
 
 @pytest.mark.parametrize(('update', 'share'), [('taylor', .25), ('exp', None), ('additive', None)])
 def test_sign_changes(update, share):
-    model = adapt(nn.Sequential(nn.Linear(4, 1)), method='dense', update=update)
+    model = adapt(nn.Sequential(nn.Linear(4, 1)), method='dense', update=update, scale='plain')
     set_delta(model[0], [-.99, -1., 1., 0.])
     assert layer_reports(model)[0].sign_change_share == share
 
