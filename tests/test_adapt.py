@@ -640,7 +640,8 @@ def test_summary(net):
     rows = summary(adapt(net, rank=2, alpha=4, overrides=[{'targets': ['depthwise'], 'method': 'dense'},
                                                           {'targets': ['head'], 'update': 'additive'}]))
     assert tuple(rows[0]) == ('stem.0', 'conv', (4, 3, 3, 3), 'lora', 'taylor', 'relative', 2, 6 * 9 + 12 * 6, 4 * 27 + 4)
-    assert tuple(rows[1]) == ('stages.0.depthwise_conv', 'depthwise', (4, 1, 3, 3), 'dense', 'taylor', 'relative', None, 36, 36 + 4)
+    assert tuple(rows[1]) == ('stages.0.depthwise_conv', 'depthwise', (4, 1, 3, 3), 'dense', 'taylor', 'relative', None, 36,
+                              36 + 4)
     assert tuple(rows[3]) == ('stages.0.pointwise_conv2', 'pointwise', (4, 8, 1, 1), 'lora', 'taylor', 'relative', 2, 24, 32)
     assert tuple(rows[-1]) == ('head', 'linear', (2, 4), 'lora', 'additive', '-', 2, 12, 8 + 2)
     assert [row.layer for row in rows] == names(net)
@@ -653,7 +654,8 @@ def test_summary_as_text(net):
     header, *body, total = str(rows).splitlines()
     assert header.split() == ['layer', 'kind', 'shape', 'method', 'update', 'scale', 'rank', 'trainable', 'frozen']
     assert len(body) == len(rows) == 8
-    assert re.split(r'\s{2,}', body[0]) == ['stem.0', 'conv', '4 x 3 x 3 x 3', 'lora', 'taylor', 'relative', '2', '126', '112']
+    assert re.split(r'\s{2,}', body[0]) == ['stem.0', 'conv', '4 x 3 x 3 x 3', 'lora', 'taylor', 'relative', '2', '126',
+                                            '112']
     assert re.split(r'\s{2,}', body[1])[3:7] == ['dense', 'taylor', 'relative', '-']
     assert total.startswith('8 adapted layers with 306 parameters')
     assert f'{rows.trainable:,} of {rows.total:,}' in total

@@ -199,7 +199,7 @@ def test_a_layer_under_two_names(tmp_path, perturb):
     (lambda s: s.update({'neck.adapter.A': torch.ones(1)}), 'missing nothing; unexpected neck.adapter.A'),
     (lambda s: s.update({'head.weight': torch.ones(2, 4)}), 'unexpected head.weight'),
     (lambda s: s.update({'module.head.bias': s.pop('head.bias')}), 'missing head.bias; unexpected module.head.bias'),
-    (lambda s: s.clear(), 'missing head.adapter.A, head.adapter.B, head.bias and .* more'),
+    (lambda s: s.clear(), 'missing head.adapter.A, head.adapter.B, head.adapter.rms and .* more'),
     (lambda s: s.update({'head.adapter.A': torch.ones(3, 4)}), r'head.adapter.A is \(3, 4\).*\(2, 4\)'),
     (lambda s: s.update({'head.adapter.A': s['head.adapter.A'].T.contiguous()}), r'head.adapter.A is \(4, 2\)'),
     (lambda s: s.update({'head.bias': torch.ones(1)}), r'head.bias is \(1,\)'),  # would broadcast
@@ -433,15 +433,16 @@ def test_a_file_of_format_1(net, image):
         for tensor in tensors:
             tensor.copy_((torch.arange(tensor.numel()) % period - period // 2).view(tensor.shape) / unit)
 
+    file, plain = Path(__file__).parent / 'data/adapter_format_1.safetensors', dict(SETTINGS, scale='plain')
     model = copy.deepcopy(net)
     fill([*model.parameters(), model.stem[1].running_mean], 17, 16)
-    fresh = adapt(copy.deepcopy(model), **SETTINGS)
-    fill([p for p in adapt(model, **SETTINGS).parameters() if p.requires_grad], 13, 64)
-    load_adapter(fresh, Path(__file__).parent / 'data/adapter_format_1.safetensors')
+    fresh = adapt(copy.deepcopy(model), **plain)
+    assert_refused(adapt(copy.deepcopy(model), **SETTINGS), file, "configuration: scale 'plain', here 'relative'")
+    fill([p for p in adapt(model, **plain).parameters() if p.requires_grad], 13, 64)
+    load_adapter(fresh, file)
     assert_equal(fresh.state_dict(), model.state_dict())
     assert torch.equal(fresh(image), model(image))
-    assert_refused(adapt(net, **SETTINGS), Path(__file__).parent / 'data/adapter_format_1.safetensors',
-                   'other frozen weights')
+    assert_refused(adapt(net, **plain), file, 'other frozen weights')
 
 
 # The fingerprint

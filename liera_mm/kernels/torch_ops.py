@@ -24,9 +24,10 @@ def moved_weights(weights: Sequence[Tensor], a: Tensor, b: Tensor, scale: float,
 def product_grads(weights: Sequence[Tensor], a: Tensor, b: Tensor, scale: float, rms: Optional[Sequence[Tensor]],
                   update: str, grad: Tensor) -> Tensor:
     """The gradients of every product B A from those of the moved weights, all stacked."""
-    grads = [at_least_float32(g) * SLOPES[update](at_least_float32(w), low_rank(*factors, scale / unit, w.shape)) * (scale / unit)
-             for w, *factors, g, unit in zip(weights, a, b, grad, rms or [1] * len(weights))]
-    return torch.stack(grads).reshape(len(a), b.shape[1], a.shape[2])
+    slopes = [scale / unit * SLOPES[update](at_least_float32(w), low_rank(*factors, scale / unit, w.shape))
+              for w, *factors, unit in zip(weights, a, b, rms or [1] * len(weights))]
+    grads = torch.stack([at_least_float32(g) * slope for g, slope in zip(grad, slopes)])
+    return grads.reshape(len(a), b.shape[1], a.shape[2])
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tuple[Tensor, Tensor, Tensor]:
