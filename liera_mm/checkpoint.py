@@ -43,7 +43,8 @@ def save_adapter(model: nn.Module, path: Union[str, os.PathLike], dtype: Optiona
     for name, tensor in adapter_state_dict(model).items():
         floating = tensor.is_floating_point()
         # Copies, since a layer can be in the model under two names, and safetensors refuses tensors that share memory
-        tensors[name] = tensor.detach().to('cpu', dtype if floating else None, copy=True).contiguous()
+        narrower = dtype if floating and tensor.dim() else None  # the unit of a Δ is one number, and not rounded
+        tensors[name] = tensor.detach().to('cpu', narrower, copy=True).contiguous()
         if floating and not torch.isfinite(tensors[name]).all():
             raise ValueError(f'the adapter was not saved: {name} has values that are not finite in {tensors[name].dtype}')
     metadata = dict(

@@ -86,6 +86,7 @@ def assert_refused(model, source, match):
 def test_adapter_state_dict_is_all_that_is_not_frozen(model):
     state = adapter_state_dict(model)
     buffers = {'stem.1.running_mean', 'stem.1.running_var', 'stem.1.num_batches_tracked'}
+    buffers |= {f'{name}.adapter.rms' for name, layer in adapted_layers(model) if layer.adapter.rms is not None}
     assert set(state) == intended_parameters(model) | buffers
     assert set(state).isdisjoint(fingerprint(model))
     assert set(state) | set(fingerprint(model)) == set(model.state_dict())
@@ -94,7 +95,7 @@ def test_adapter_state_dict_is_all_that_is_not_frozen(model):
 
 def test_only_factors_where_nothing_else_trains():
     model = adapt(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(1, 4)))
-    assert list(adapter_state_dict(model)) == ['0.adapter.A', '0.adapter.B']
+    assert list(adapter_state_dict(model)) == ['0.adapter.A', '0.adapter.B', '0.adapter.rms']
 
 
 def test_file_contents(model, path):
@@ -114,7 +115,7 @@ def test_merging_does_not_change_the_file(model, path, tmp_path):
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_a_file_in_another_precision(model, other, tmp_path, dtype):
     save_adapter(model, tmp_path / 'adapter', dtype)
-    expected = {name: t.to(dtype) if t.is_floating_point() else t for name, t in adapter_state_dict(model).items()}
+    expected = {name: t.to(dtype) if t.is_floating_point() and t.dim() else t for name, t in adapter_state_dict(model).items()}
     assert_equal(dict(sorted(contents(tmp_path / 'adapter')[0].items())), dict(sorted(expected.items())))
     load_adapter(other, tmp_path / 'adapter')
     ours = adapter_state_dict(other)

@@ -14,6 +14,7 @@ from mmengine.registry import MODELS, DefaultScope
 from safetensors.torch import save_file
 
 import liera_mm
+from liera_mm.algebra import root_mean_square
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -113,7 +114,10 @@ def test_published_convnext(tmp_path, messages, ours, theirs):
     assert_loaded(model, {name: t for name, t in state.items() if name not in norms}, but=norms)
     assert torch.equal(model.norm0.weight, before)  # the checkpoint has none
     after = split(model)[1]
-    assert factors and all(torch.equal(after[name], tensor) for name, tensor in factors.items())
+    units = {name for name in factors if name.endswith('.rms')}
+    assert units and all(torch.equal(after[name], root_mean_square(model.get_parameter(name[:-len('adapter.rms')] + 'weight')))
+                         for name in units)
+    assert factors and all(torch.equal(after[name], factors[name]) for name in factors.keys() - units)
     logged = messages()
     assert 'norm0.weight' in logged and 'adapter' not in logged
 
@@ -233,7 +237,10 @@ def test_other_backbones(tmp_path, messages, cfg, form):
     assert_loaded(model, {name: t for name, t in state.items() if not name.endswith('num_batches_tracked')},
                   but={name for name in state if name.endswith('num_batches_tracked')})
     after = split(model)[1]
-    assert factors and all(torch.equal(after[name], tensor) for name, tensor in factors.items())
+    units = {name for name in factors if name.endswith('.rms')}
+    assert units and all(torch.equal(after[name], root_mean_square(model.get_parameter(name[:-len('adapter.rms')] + 'weight')))
+                         for name in units)
+    assert factors and all(torch.equal(after[name], factors[name]) for name in factors.keys() - units)
     logged = messages()
     assert 'base.pth' in logged and 'adapter' not in logged
 
