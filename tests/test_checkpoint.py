@@ -115,7 +115,8 @@ def test_merging_does_not_change_the_file(model, path, tmp_path):
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_a_file_in_another_precision(model, other, tmp_path, dtype):
     save_adapter(model, tmp_path / 'adapter', dtype)
-    expected = {name: t.to(dtype) if t.is_floating_point() and t.dim() else t for name, t in adapter_state_dict(model).items()}
+    expected = {name: t.to(dtype) if t.is_floating_point() and t.dim() else t
+                for name, t in adapter_state_dict(model).items()}
     assert_equal(dict(sorted(contents(tmp_path / 'adapter')[0].items())), dict(sorted(expected.items())))
     load_adapter(other, tmp_path / 'adapter')
     ours = adapter_state_dict(other)

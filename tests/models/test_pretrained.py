@@ -64,6 +64,14 @@ def split(model):
     return states
 
 
+def assert_factors(model, before, after):
+    """The factors are as they were, the units those of the weights that are there now."""
+    assert before.keys() == after.keys() and any(name.endswith('.rms') for name in after)
+    for name, tensor in after.items():
+        unit = name.endswith('.rms') and root_mean_square(model.get_parameter(name.replace('adapter.rms', 'weight')))
+        assert torch.equal(tensor, unit if name.endswith('.rms') else before[name])
+
+
 def assert_loaded(model, state, but=()):
     ours = split(model)[0]
     assert set(ours) - set(state) <= set(but)
@@ -114,10 +122,7 @@ def test_published_convnext(tmp_path, messages, ours, theirs):
     assert_loaded(model, {name: t for name, t in state.items() if name not in norms}, but=norms)
     assert torch.equal(model.norm0.weight, before)  # the checkpoint has none
     after = split(model)[1]
-    units = {name for name in factors if name.endswith('.rms')}
-    assert units and all(torch.equal(after[name], root_mean_square(model.get_parameter(name[:-len('adapter.rms')] + 'weight')))
-                         for name in units)
-    assert factors and all(torch.equal(after[name], factors[name]) for name in factors.keys() - units)
+    assert_factors(model, factors, after)
     logged = messages()
     assert 'norm0.weight' in logged and 'adapter' not in logged
 
@@ -237,10 +242,7 @@ def test_other_backbones(tmp_path, messages, cfg, form):
     assert_loaded(model, {name: t for name, t in state.items() if not name.endswith('num_batches_tracked')},
                   but={name for name in state if name.endswith('num_batches_tracked')})
     after = split(model)[1]
-    units = {name for name in factors if name.endswith('.rms')}
-    assert units and all(torch.equal(after[name], root_mean_square(model.get_parameter(name[:-len('adapter.rms')] + 'weight')))
-                         for name in units)
-    assert factors and all(torch.equal(after[name], factors[name]) for name in factors.keys() - units)
+    assert_factors(model, factors, after)
     logged = messages()
     assert 'base.pth' in logged and 'adapter' not in logged
 
