@@ -2,6 +2,7 @@
 # make test   set everything up and run the tests (the lint is make lint)
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 export PYTHONUNBUFFERED = 1
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
@@ -11,7 +12,7 @@ demo: $(VENV)/ready data/digits
 	python tools/demo.py
 
 test: $(VENV)/ready
-	python -m pytest
+	python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 lint: $(VENV)/ready
 	ruff check .

@@ -1,8 +1,12 @@
 """What several test files share: a small network with every kind of layer, and a way to train it without training."""
 import os
 
+if 'PYTEST_XDIST_WORKER' in os.environ:
+    os.environ.setdefault('OMP_NUM_THREADS', '1')  # read when torch is imported: the workers would wait for each other
+
 import pytest
 import torch
+from filelock import FileLock
 from torch import nn
 
 if not torch.cuda.is_available():
@@ -50,6 +54,24 @@ class Net(nn.Module):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session')
+def make_once(tmp_path_factory):
+    """A function that gives the folder of a name, which ``make(folder)`` has filled: once, for all workers together."""
+    root = tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ:
+        root = root.parent
+
+    def get(name, make):
+        folder, done = root / name, root / f'{name}.done'
+        with FileLock(root / f'{name}.lock'):
+            if not done.exists():
+                make(folder)
+                done.touch()
+        return folder
+
+    return get
 
 
 @pytest.fixture(scope='module')

@@ -23,12 +23,11 @@ def on_the_cpu():
 
 
 @pytest.fixture(scope='session')
-def digits(tmp_path_factory):
+def digits(make_once):
     """Folder of four images to train on and two to validate on."""
-    out = tmp_path_factory.mktemp('digits')
-    subprocess.run([sys.executable, ROOT / 'tools/make_digits_coco.py', out, '--train', '4', '--val', '2', '--size', '64',
-                    '--workers', '1'], check=True, capture_output=True)
-    return out
+    options = ['--train', '4', '--val', '2', '--size', '64', '--workers', '1']
+    return make_once('digits', lambda out: subprocess.run(
+        [sys.executable, ROOT / 'tools/make_digits_coco.py', out, *options], check=True, capture_output=True))
 
 
 @pytest.fixture(scope='session')

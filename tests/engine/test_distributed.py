@@ -1,5 +1,7 @@
 """Two processes do what one does: the same gradients, checkpoints and metrics. On the CPU, over gloo."""
+import contextlib
 import functools
+import itertools
 import json
 import math
 import multiprocessing
@@ -154,10 +156,15 @@ def in_process(function, rank, processes, port, args):
             torch.distributed.destroy_process_group()
 
 
+PORTS = itertools.count(10_000 + os.getpid() % 20_000)
+
+
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return probe.getsockname()[1]
+    """One of this process's own, below those that the system gives to whoever asks for any."""
+    for port in PORTS:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(('127.0.0.1', port))
+            return port
 
 
 @pytest.fixture(scope='module')

@@ -24,11 +24,10 @@ def run_tool():
 
 
 @pytest.fixture(scope='session')
-def tiny_digits(tmp_path_factory, run_tool):
+def tiny_digits(make_once, run_tool):
     """Folder of six images to train on and three to validate on."""
-    out = tmp_path_factory.mktemp('tiny') / 'digits'
-    run_tool('make_digits_coco.py', out, '--train', 6, '--val', 3, '--size', 160, '--workers', 1)
-    return out
+    return make_once('tiny_digits', lambda out: run_tool(
+        'make_digits_coco.py', out, '--train', 6, '--val', 3, '--size', 160, '--workers', 1))
 
 
 @pytest.fixture(scope='session')
