@@ -1,7 +1,16 @@
 # make demo   set everything up, train and test on the digits data, show the result (about 15 minutes on two cores)
 # make test   set everything up and run the tests (the lint is make lint)
-PYTHON ?= python3
+# make test STACK=official   the same with what requirements-official.txt lists, in .venv-official
+ifeq ($(STACK),)
+REQUIREMENTS = requirements.txt
 VENV ?= .venv
+PYTHON ?= python3
+else
+REQUIREMENTS = requirements-$(STACK).txt
+VENV ?= .venv-$(STACK)
+# The first that is there and that the old releases know
+PYTHON ?= $(shell for minor in 10 11 12 9; do python3.$$minor -c '' 2>/dev/null && echo python3.$$minor && break; done)
+endif
 WORKERS ?= 2
 export PYTHONUNBUFFERED = 1
 export PATH := $(abspath $(VENV))/bin:$(PATH)
@@ -17,9 +26,9 @@ test: $(VENV)/ready
 lint: $(VENV)/ready
 	ruff check .
 
-$(VENV)/ready: requirements.txt pyproject.toml
+$(VENV)/ready: $(REQUIREMENTS) pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	python -m pip install -r requirements.txt -e .
+	python -m pip install -r $(REQUIREMENTS) -e .
 	touch $@
 
 data/digits: $(VENV)/ready tools/make_digits_coco.py

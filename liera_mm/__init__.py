@@ -4,6 +4,7 @@ Importing the package registers ``LieRAConvNeXt``, ``LieRABackbone`` and ``LieRA
 """
 from . import compat
 
+compat.versions.check()
 compat.install()
 
 from .adapt import adapt, export, merge, summary, unmerge  # noqa: E402

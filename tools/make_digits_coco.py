@@ -337,6 +337,9 @@ def make_split(args, split, imap):
 def category_names(args):
     """Names of the categories; COCO's own 80, of which the digits then use the first ten, where asked for."""
     if args['coco_names']:
+        import liera_mm  # noqa: F401  first, for mmdet may need the operators that it stands in for
+
+        # isort: split
         from mmdet.datasets import CocoDataset
         return CocoDataset.METAINFO['classes']
     return WORLDS[args['world']]['names']

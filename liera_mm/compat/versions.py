@@ -1,17 +1,57 @@
-"""Packages that no longer fit each other, made importable."""
+"""Versions of other packages: too old ones are refused, and those that do not fit each other are made to."""
+import re
+import runpy
 import sys
 from importlib import metadata
 from importlib.abc import MetaPathFinder
-from importlib.machinery import PathFinder
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Callable, Optional, Tuple
+
+OLDEST = dict(torch='2.4.0', mmengine='0.10.0', mmcv='2.1.0', mmdet='3.3.0', mmpretrain='1.2.0')
+
+
+def check() -> None:
+    """Refuse packages that are missing, or older than any that liera_mm works with; imports none of them.
+
+    Raises:
+        SetupError: Which one, its version, and the versions that work.
+    """
+    for package, oldest in OLDEST.items():
+        version = version_of(package)
+        if version is None or _numbers(version) < _numbers(oldest):
+            from ..errors import SetupError
+            found = f'this is {version}' if version else 'it is not installed'
+            raise SetupError(f'liera_mm needs {package} {oldest} or later; {found}',
+                             'Install what requirements.txt lists or, for the official releases, requirements-official.txt')
+
+
+def version_of(package: str) -> Optional[str]:
+    """Version of the package that an import would find, whatever the name under which it was installed; None without it."""
+    spec = find_spec(package)
+    return spec and runpy.run_path(str(Path(spec.origin).with_name('version.py')))['__version__']
+
+
+def _numbers(version: str) -> Tuple[int, ...]:
+    return tuple(map(int, re.findall(r'\d+', version)[:3]))
 
 
 def install() -> None:
-    """With transformers 5 or later, keep mmpretrain's optional multimodal part off, which cannot be imported."""
-    if _transformers_major() >= 5:
-        if 'mmpretrain.utils.dependency' in sys.modules:
-            sys.modules['mmpretrain.utils.dependency'].WITH_MULTIMODAL = False
-        elif _no_multimodal not in sys.meta_path:
-            sys.meta_path.insert(0, _no_multimodal)
+    """Make mmdet and mmpretrain importable beside versions of other packages that they know nothing of.
+
+    - mmpretrain's optional multimodal part is kept off with transformers 5 or later.
+    - mmdet's optional text encoders are left out where transformers cannot be imported for torch is too old for it.
+    - mmdet 3.3 and mmsegmentation 1.2 take any mmcv 2, not only those below 2.2.
+    - If mmcv was imported first and goes on without its operators, it gets the one that mmdet asks it for.
+    """
+    if _finder not in sys.meta_path:
+        sys.meta_path.insert(0, _finder)
+    if 'mmpretrain.utils.dependency' in sys.modules:
+        _without_multimodal(sys.modules['mmpretrain.utils.dependency'])
+    transformer = sys.modules.get('mmcv.cnn.bricks.transformer')
+    if transformer and not hasattr(transformer, 'MultiScaleDeformableAttention'):
+        from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttention
+        transformer.MultiScaleDeformableAttention = MultiScaleDeformableAttention
 
 
 def _transformers_major() -> int:
@@ -22,22 +62,53 @@ def _transformers_major() -> int:
         return 0
 
 
-class _NoMultimodalFinder(MetaPathFinder):
-    """Clears ``WITH_MULTIMODAL`` in ``mmpretrain.utils.dependency`` as soon as that is imported."""
+def _without_multimodal(module, run: Callable = lambda module: None) -> None:
+    run(module)
+    if _transformers_major() >= 5:
+        module.WITH_MULTIMODAL = False
+
+
+def _or_import_error(module, run: Callable) -> None:
+    """transformers without a torch that it can use fails in any way; those who can do without it expect an ImportError."""
+    try:
+        run(module)
+    except Exception as error:
+        raise ImportError(f'{module.__name__} cannot be imported: {error}') from error
+
+
+def _with_any_mmcv(module, run: Callable) -> None:
+    import mmcv
+    try:
+        run(module)
+    except AssertionError:
+        version = mmcv.__version__
+        if _numbers(version) < (2, 2):
+            raise
+        mmcv.__version__ = '2.1.0'
+        try:
+            run(module)
+        finally:
+            mmcv.__version__ = version
+
+
+class _Finder(MetaPathFinder):
+    """Has some modules of other packages executed in the way that is given for them."""
+    ways = {
+        'mmpretrain.utils.dependency': _without_multimodal,
+        'transformers.modeling_utils': _or_import_error,
+        'mmdet': _with_any_mmcv,
+        'mmseg': _with_any_mmcv,
+    }
 
     def find_spec(self, fullname, path=None, target=None):
-        if fullname != 'mmpretrain.utils.dependency':
+        if fullname not in self.ways:
             return None
-        spec = PathFinder.find_spec(fullname, path, target)
-        if spec is not None:
-            exec_module = spec.loader.exec_module
-
-            def exec_without_multimodal(module):
-                exec_module(module)
-                module.WITH_MULTIMODAL = False
-
-            spec.loader.exec_module = exec_without_multimodal
+        others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, others), None)
+        if spec is not None and spec.loader is not None:
+            way, run = self.ways[fullname], spec.loader.exec_module
+            spec.loader.exec_module = lambda module: way(module, run)
         return spec
 
 
-_no_multimodal = _NoMultimodalFinder()
+_finder = _Finder()

@@ -29,7 +29,6 @@ from mmengine.runner.checkpoint import (
     get_torchvision_models,
     load_state_dict,
 )
-from mmengine.utils import digit_version
 from torch import nn
 
 from ..checkpoint import write_atomically
@@ -135,19 +134,34 @@ def _history_method(cls: Any, name: str) -> Any:
     return getattr(cls, name)
 
 
+def _named(function: Any, module: str, name: str) -> Any:
+    """A function that serves under another name: torch before 2.6 takes no pairs of a global and its name."""
+
+    def alias(*args):
+        return function(*args)
+
+    alias.__module__, alias.__name__, alias.__qualname__ = module, name, name
+    return alias
+
+
+@contextlib.contextmanager
 def _safe_globals():
     """What torch may build besides tensors and plain values: NumPy's arrays and numbers, and MMEngine's log.
 
     MMEngine's own list has ``getattr``, by which a pickle gets at everything, ``eval`` included.
     """
-    if digit_version(torch.__version__) < digit_version('2.6.0'):  # which has no such list
-        return contextlib.nullcontext()
-    core = getattr(np, '_core', None) or np.core
-    functions = [(getattr(core.multiarray, name), f'numpy.{package}.multiarray.{name}')
-                 for package in ('core', '_core') for name in ('_reconstruct', 'scalar')]
+    # NumPy 1 and 2 have these functions in different modules, and each reads what the other has written
+    functions = [_named(function, f'numpy.{package}.multiarray', function.__name__) for package in ('core', '_core')
+                 for function in (np.empty(0).__reduce__()[0], np.float64().__reduce__()[0])]
     dtypes = {type(np.dtype(code)) for code in '?bhilqBHILQefd'}
-    return torch.serialization.safe_globals(
-        [np.ndarray, np.dtype, *dtypes, *functions, HistoryBuffer, slice, (_history_method, 'builtins.getattr')])
+    before = list(torch.serialization.get_safe_globals())
+    torch.serialization.add_safe_globals([np.ndarray, np.dtype, *dtypes, *functions, HistoryBuffer, slice,
+                                          _named(_history_method, 'builtins', 'getattr')])
+    try:
+        yield
+    finally:  # torch.serialization.safe_globals, which does all that, came with torch 2.5
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 @CheckpointLoader.register_scheme(prefixes='', force=True)

@@ -10,7 +10,9 @@ HAS_TRITON = importlib.util.find_spec('triton') is not None
 
 def ops_for(*tensors: Tensor) -> ModuleType:
     """The module of operators for these tensors: ``triton_ops`` or ``torch_ops``."""
-    if HAS_TRITON and all(t.is_cuda and t.dtype in (torch.float16, torch.bfloat16, torch.float32) for t in tensors):
+    # Not is_cuda: before torch 2.6, torch.compile cannot trace it in an autograd function
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    if HAS_TRITON and all(t.device.type == 'cuda' and t.dtype in dtypes for t in tensors):
         from . import triton_ops as ops
     else:
         from . import torch_ops as ops

@@ -1,6 +1,123 @@
-"""The multimodal part of mmpretrain."""
+"""Packages that are too old, and packages that do not fit each other."""
+import re
+from pathlib import Path
+
 import pytest
+import torch
+from operators import fallback_only
 from processes import check_python, fake_transformers, run_python
+
+from liera_mm.compat import versions
+from liera_mm.errors import SetupError
+
+ROOT = Path(__file__).parents[2]
+
+
+def write_package(folder, name, version, init=''):
+    package = folder / name
+    package.mkdir()
+    (package / 'version.py').write_text(f'__version__ = {version!r}\n')
+    (package / '__init__.py').write_text(f'from .version import __version__\n{init}')
+
+
+# What is refused
+
+
+@pytest.mark.parametrize('package', versions.OLDEST)
+@pytest.mark.parametrize('version, found', [
+    (None, 'it is not installed'), ('0.9.7', 'this is 0.9.7'), ('0.9.7rc2+cpu', 'this is 0.9.7rc2+cpu')])
+def test_too_old_or_missing(package, version, found, monkeypatch):
+    monkeypatch.setattr(versions, 'version_of', lambda name: version if name == package else '99.0')
+    with pytest.raises(SetupError) as caught:
+        versions.check()
+    problem, remedy = str(caught.value).splitlines()
+    assert problem == f'liera_mm needs {package} {versions.OLDEST[package]} or later; {found}'
+    for file in re.findall(r'requirements\S*\.txt', remedy):
+        assert (ROOT / file).is_file()
+
+
+@pytest.mark.parametrize('tail', ['', '+cu124', 'rc1', '.post1'])
+def test_the_oldest_and_newer_ones_are_taken(tail, monkeypatch):
+    for later in (lambda numbers: numbers, lambda numbers: [numbers[0], numbers[1] + 9, 0], lambda numbers: [99]):
+        monkeypatch.setattr(versions, 'version_of', lambda name, later=later: '.'.join(
+            map(str, later([*map(int, versions.OLDEST[name].split('.'))]))) + tail)
+        versions.check()
+
+
+def test_version_of_what_an_import_would_find(tmp_path, monkeypatch):
+    assert versions.version_of('torch') == torch.__version__
+    assert versions.version_of('a_package_that_nobody_has') is None
+    write_package(tmp_path, 'mmother', '1.2.3')
+    monkeypatch.syspath_prepend(tmp_path)
+    assert versions.version_of('mmother') == '1.2.3'
+
+
+def test_an_import_beside_an_old_mmdet(tmp_path):
+    """Ends with the two lines, before anything of that mmdet was executed."""
+    write_package(tmp_path, 'mmdet', '2.28.2', 'raise RuntimeError("imported")')
+    error = run_python('import liera_mm', tmp_path).stderr.splitlines()
+    assert error[-2] == ('liera_mm.errors.SetupError: liera_mm needs mmdet '
+                         f'{versions.OLDEST["mmdet"]} or later; this is 2.28.2')
+    assert error[-1].startswith('Install the versions of requirements.txt')
+
+
+def test_readme_names_the_oldest():
+    text = (ROOT / 'README.md').read_text()
+    for package, oldest in versions.OLDEST.items():
+        assert f'{package} {oldest.removesuffix(".0")}' in text
+
+
+# mmcv
+
+
+CEILING = '''
+import mmcv
+assert tuple(map(int, mmcv.__version__.split('.'))) < (2, 2, 0), 'incompatible'
+assert tuple(map(int, mmcv.__version__.split('.'))) >= (2, 0, 0), 'incompatible'
+seen = mmcv.__version__
+'''
+
+
+@pytest.mark.parametrize('package', ['mmdet', 'mmseg'])
+@pytest.mark.parametrize('version, seen', [('2.1.0', '2.1.0'), ('2.2.0', '2.1.0'), ('2.3.6', '2.1.0'), ('1.7.2', None)])
+def test_packages_that_refuse_a_newer_mmcv(package, version, seen, tmp_path):
+    write_package(tmp_path, 'mmcv', version)
+    write_package(tmp_path, package, '3.3.0', CEILING)
+    code = f'import mmcv, {package}; assert (mmcv.__version__, {package}.seen) == ({version!r}, {seen!r})'
+    if seen is None:
+        assert 'AssertionError: incompatible' in run_python('compat.versions.install(); ' + code, tmp_path).stderr
+    else:
+        check_python('compat.versions.install(); ' + code, tmp_path)
+
+
+@fallback_only
+def test_mmcv_was_imported_first():
+    """As by custom_imports=dict(imports=['mmpretrain.models', 'liera_mm'])."""
+    check_python('''
+import mmcv.cnn.bricks.transformer as transformer
+assert not hasattr(transformer, 'MultiScaleDeformableAttention')
+compat.install()
+import mmcv.ops
+assert transformer.MultiScaleDeformableAttention is mmcv.ops.MultiScaleDeformableAttention''')
+
+
+# transformers
+
+
+def test_transformers_without_a_torch_that_it_knows(tmp_path):
+    """Who asks for it in vain, as mmdet does, goes on without."""
+    (tmp_path / 'transformers').mkdir()
+    (tmp_path / 'transformers/__init__.py').touch()
+    (tmp_path / 'transformers/modeling_utils.py').write_text('def f(model: nn.Module): ...')
+    code = '''
+try:
+    from transformers.modeling_utils import f
+except ImportError as error:
+    assert "name 'nn' is not defined" in str(error)
+else:
+    raise AssertionError'''
+    assert 'NameError' in run_python(code, tmp_path).stderr
+    check_python('compat.versions.install()' + code, tmp_path)
 
 
 def test_mmpretrain_imports_with_transformers_5(tmp_path):
