@@ -2,32 +2,51 @@
 import sys
 import warnings
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 
 
 def install() -> None:
-    """Make ``mmcv._ext`` importable. A compiled one is always preferred, because Python's own finders are asked first."""
+    """Make ``mmcv._ext`` importable, and whole: every operator that a compiled one has stays, and others are added."""
     if _operators not in sys.meta_path:
-        sys.meta_path.append(_operators)
+        sys.meta_path.insert(0, _operators)
     if 'mmdet.structures.mask' in sys.modules and 'mmcv.ops' not in sys.modules:
         warnings.warn('mmdet was imported before liera_mm and goes on without operators: import liera_mm first.',
                       stacklevel=3)
 
 
 class _OperatorFinder(MetaPathFinder, Loader):
-    """Finds and loads the stand-in for ``mmcv._ext``."""
+    """Finds the compiled ``mmcv._ext`` and completes it, or else stands in for it."""
 
     def find_spec(self, fullname, path=None, target=None):
-        return ModuleSpec(fullname, self, origin='torchvision') if fullname == 'mmcv._ext' else None
+        if fullname != 'mmcv._ext':
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is None:
+            return ModuleSpec(fullname, self, origin='torchvision')
+        exec_module = spec.loader.exec_module
+
+        def exec_and_complete(module):
+            exec_module(module)
+            _complete(module)
+
+        spec.loader.exec_module = exec_and_complete
+        return spec
 
     def exec_module(self, module):
-        from . import ops
-        vars(module).update(ops.OPERATORS)
         module.get_compiler_version = module.get_compiling_cuda_version = lambda: 'n/a (operators of torchvision)'
-        module.__getattr__ = _missing_operator
+        _complete(module)
 
 
 _operators = _OperatorFinder()
+
+
+def _complete(module) -> None:
+    """Add the operators that the module lacks."""
+    from . import ops
+    for name, operator in ops.OPERATORS.items():
+        if not hasattr(module, name):
+            setattr(module, name, operator)
+    module.__getattr__ = _missing_operator
 
 
 def _missing_operator(name: str):
@@ -38,8 +57,8 @@ def _missing_operator(name: str):
     def operator(*args, **kwargs):
         from . import ops
         raise RuntimeError(
-            f"The mmcv operator '{name}' is not available: this mmcv has no compiled operators, and liera_mm stands in for "
-            f'these only: {", ".join(sorted(ops.OPERATORS))}. Install mmcv with compiled operators, see '
+            f"The mmcv operator '{name}' is not available: this mmcv has not compiled it, and liera_mm stands in for these "
+            f'only: {", ".join(sorted(ops.OPERATORS))}. Install mmcv with compiled operators, see '
             'https://mmcv.readthedocs.io/en/latest/get_started/installation.html')
 
     return operator

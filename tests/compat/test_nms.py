@@ -4,7 +4,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from mmcv.ops import batched_nms, nms, soft_nms
+from mmcv.ops import batched_nms, nms, nms_match, soft_nms
+from mmcv.ops.line_nms import line_nms
 from operators import DEVICES, fallback_only, tensors
 
 
@@ -190,3 +191,85 @@ def test_soft_nms_leaves_its_arguments_alone_and_works_batched():
     assert keep.tolist() == kept
     np.testing.assert_allclose(dets[:, 4], new_scores, rtol=1e-5)
     assert torch.equal(scores, before)
+
+
+# Groups
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('threshold', [0.2, 0.3, 0.5])
+def test_nms_match(threshold, device):
+    at_threshold = 0
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        boxes, scores = integer_boxes(rng, 40), rng.permutation(40).astype(np.float32)
+        left, expected = np.argsort(-scores).tolist(), []
+        while left:
+            best, *left = left
+            ious = {i: reference_iou(boxes[best].tolist(), boxes[i].tolist(), 0) for i in left}
+            at_threshold += list(ious.values()).count(threshold)
+            expected.append([best, *(i for i in left if ious[i] >= threshold)])
+            left = [i for i in left if ious[i] < threshold]
+        dets = np.concatenate([boxes, scores[:, None]], 1)
+        groups = nms_match(*tensors(device, dets), threshold)
+        assert [group.tolist() for group in groups] == expected
+        assert groups[0].dtype == torch.int64 and groups[0].device.type == device
+        assert [group.tolist() for group in nms_match(dets, threshold)] == expected
+    assert at_threshold > 0
+
+
+@fallback_only
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_nms_match_in_other_precisions(dtype):
+    dets = torch.tensor([[0., 0, 2, 2, .25], [20, 20, 22, 22, 1], [0, 0, 2, 3, .5]], dtype=dtype)
+    assert [group.tolist() for group in nms_match(dets, .5)] == [[1], [2, 0]]
+    assert nms_match(dets[:0], .5) == []
+
+
+# Lanes
+
+
+def lanes(count, seed=0):
+    """Lanes of 72 rows as of CLRNet: …, where they start, …, how many rows long they are, and x at every row."""
+    rng = np.random.default_rng(seed)
+    lines = np.zeros((count, 77), dtype=np.float32)
+    lines[:, 2] = rng.integers(0, 60, count) / 71
+    lines[:, 4] = rng.integers(0, 40, count)
+    lines[:, 5:] = rng.uniform(0, 60, (count, 1)) + rng.uniform(-5, 5, (count, 72))
+    return lines, rng.permutation(count).astype(np.float32)
+
+
+@fallback_only
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('top_k', [3, 100])
+def test_line_nms(top_k, device):
+    near_any = 0
+    for seed in range(10):
+        lines, scores = lanes(30, seed)
+        kept, parents = [], [0] * 30
+        dropped = set()
+        for i in np.argsort(-scores).tolist():
+            if i in dropped:
+                continue
+            if len(kept) == top_k:
+                break
+            kept.append(i)
+            parents[i] = len(kept)
+            for j in np.flatnonzero(scores < scores[i]):
+                starts = [round(71 * float(lines[k, 2])) for k in (i, j)]
+                ends = [s + int(lines[k, 4]) - 1 for s, k in zip(starts, (i, j))]
+                rows = np.arange(max(starts), min(*ends, 71) + 1)
+                if len(rows) and np.abs(lines[i, 5 + rows] - lines[j, 5 + rows]).mean() < 8:
+                    dropped.add(j)
+                    parents[j] = len(kept)
+        near_any += len(dropped)
+        keep, count, parent = line_nms(*tensors(device, lines, scores), overlap=8., top_k=top_k)
+        assert keep[:count].tolist() == kept and not keep[count:].any()
+        assert parent.tolist() == parents and keep.device.type == device
+    assert near_any > 20
+
+
+@fallback_only
+def test_line_nms_of_no_lanes():
+    keep, count, parents = line_nms(torch.empty(0, 77), torch.empty(0), 50., 4)
+    assert count == 0 and keep.shape == parents.shape == (0, )

@@ -1,12 +1,14 @@
-"""RoIAlign against its definition, sample by sample."""
+"""Features of regions against their definitions, sample by sample."""
 import math
 
 import numpy as np
 import pytest
 import torch
-from mmcv.ops import RoIAlign, roi_align
-from operators import DEVICES, fallback_only, tensors
+from mmcv.ops import RoIAlign, deform_roi_pool, roi_align, roi_pool
+from mmcv.ops.deform_roi_pool import DeformRoIPoolPack, ModulatedDeformRoIPoolPack
+from operators import DEVICES, HALVES, check, fallback_only, randn, reference_bilinear, tensors
 
+from liera_mm.compat.ops import sampling
 from liera_mm.compat.ops.roi import _deterministic_backward
 
 
@@ -187,3 +189,150 @@ def test_backward_obeys_the_deterministic_flag(monkeypatch):
     assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
     fast, = torch.autograd.grad(roi_align(x, rois, (7, 7), 1., 0, 'avg', True).square().sum(), x)
     torch.testing.assert_close(grads[0], fast, rtol=1e-3, atol=1e-3)
+
+
+# Other ways to pool, against definitions that autograd differentiates
+
+
+def clamped(image, y, x):
+    """Values (C, ...) of an image (C, H, W) between its pixels; up to a pixel outside of them those at the edge, then 0."""
+    height, width = image.shape[1:]
+    inside = (y >= -1) & (y <= height) & (x >= -1) & (x <= width)
+    return reference_bilinear(image, y.clamp(0, height - 1), x.clamp(0, width - 1)) * inside
+
+
+def reference_bins(features, rois, output_size, scale, samples, aligned, pool, offset=None, gamma=.1):
+    """Pools the samples (C, Sy, Sx) of every bin; the bins of aligned RoIs may be moved by offsets (K, 2, h, w)."""
+    output = []
+    for k, (image, *corners) in enumerate(rois.tolist()):
+        left, top, right, bottom = (corner * scale - (.5 if aligned else 0) for corner in corners)
+        width, height = right - left, bottom - top
+        if not aligned:
+            width, height = max(width, 1), max(height, 1)
+        bin_h, bin_w = height / output_size[0], width / output_size[1]
+        samples_y, samples_x = samples or max(math.ceil(bin_h), 0), samples or max(math.ceil(bin_w), 0)
+        for p in range(output_size[0]):
+            for q in range(output_size[1]):
+                y = top + bin_h * (p + (torch.arange(samples_y).to(features) + .5) / max(samples_y, 1))
+                x = left + bin_w * (q + (torch.arange(samples_x).to(features) + .5) / max(samples_x, 1))
+                if offset is not None:
+                    x, y = x + gamma * width * offset[k, 0, p, q], y + gamma * height * offset[k, 1, p, q]
+                y, x = torch.meshgrid(y, x, indexing='ij')
+                values = clamped(features[int(image)], y, x)
+                output.append(pool(values.flatten(1)) if y.numel() else values.sum((1, 2)))
+    return torch.stack(output).view(len(rois), *output_size, -1).permute(0, 3, 1, 2)
+
+
+def pool_inputs(device, scale=1., images=2):
+    """Features, and RoIs whose sizes and places are never such that a sample lies at a pixel, in any precision."""
+    rois = np.float64([[0, 1.3, 2.2, 9.6, 7.7], [1, -3.6, -2.3, 3.1, 4.4], [1, 8.3, 6.1, 17.8, 13.9], [0, 30, 30, 40, 42],
+                       [0, 5.2, 3.6, 6.1, 4.3], [1, 0.2, 0.4, 12.5, 9.9]])
+    rois[:, 1:] /= scale
+    return randn(images, 3, 10, 13, device=device), torch.from_numpy(rois).to(device)
+
+
+@pytest.fixture(params=[None, 500], ids=['at once', 'in chunks'])
+def chunk(request, monkeypatch):
+    if request.param:
+        monkeypatch.setattr(sampling, 'CHUNK', request.param)
+
+
+@pytest.mark.usefixtures('chunk')
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
+@pytest.mark.parametrize('scale, output_size, samples, aligned', [
+    (1., (3, 2), 0, True), (.25, (2, 2), 2, True), (.5, (1, 4), 0, False), (1., (2, 3), 3, False)])
+def test_max_roi_align(scale, output_size, samples, aligned, dtype, device):
+    features, rois = pool_inputs(device, scale)
+    rois = rois.to(dtype)
+    check(lambda x: roi_align(x, rois, output_size, scale, samples, 'max', aligned),
+          lambda x: reference_bins(x, rois, output_size, scale, samples, aligned, lambda v: v.max(1)[0]),
+          (features, ), dtype)
+
+
+@fallback_only
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('dtype', HALVES)
+def test_max_roi_align_in_half_precision(dtype, device):
+    features, rois = pool_inputs(device)
+    features, rois = features.to(dtype).requires_grad_(), rois.to(dtype)
+    output = roi_align(features, rois, (3, 2), 1., 2, 'max', True)
+    expected = reference_bins(features.detach().double(), rois, (3, 2), 1., 2, True, lambda v: v.max(1)[0])
+    assert torch.equal(output, expected.float().to(dtype))
+    output.sum().backward()
+    # The places of the maxima are kept in half precision, so the gradient is spread a little differently.
+    assert features.grad.dtype == dtype
+    torch.testing.assert_close(features.grad.sum((1, 2, 3)).double(), torch.stack([
+        (expected[rois[:, 0] == image] != 0).sum() for image in (0, 1)]).double(), rtol=2e-2, atol=0)
+
+
+@fallback_only
+@pytest.mark.parametrize('device', DEVICES)
+def test_max_roi_align_of_rois_without_samples(device):
+    features = torch.ones(1, 2, 5, 5, device=device, requires_grad=True)
+    output = roi_align(features, torch.tensor([[0., 2, 2, 2, 4]], device=device), (2, 2), 1., 0, 'max', True)
+    output.sum().backward()
+    assert not output.any() and not features.grad.any()
+    assert roi_align(features, torch.empty(0, 5, device=device), (2, 2), 1., 0, 'max', True).shape == (0, 2, 2, 2)
+
+
+def reference_roi_pool(features, rois, output_size, scale):
+    output = []
+    for image, *corners in rois.tolist():
+        left, top, right, bottom = (scale * (corner + extra) for corner, extra in zip(corners, (0, 0, 1, 1)))
+        for p in range(output_size[0]):
+            for q in range(output_size[1]):
+                edges = [(start + (end - start) / bins * i, start + (end - start) / bins * (i + 1))
+                         for start, end, bins, i in ((top, bottom, output_size[0], p), (left, right, output_size[1], q))]
+                rows, columns = (slice(max(math.floor(low), 0), max(math.ceil(high), 0)) for low, high in edges)
+                pixels = features[int(image), :, rows, columns].flatten(1)
+                real = right > left and bottom > top and pixels.shape[1]
+                output.append(pixels.max(1)[0] if real else features[0, :, 0, 0] * 0)
+    return torch.stack(output).view(len(rois), *output_size, -1).permute(0, 3, 1, 2)
+
+
+@fallback_only
+@pytest.mark.usefixtures('chunk')
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, *HALVES])
+@pytest.mark.parametrize('scale, output_size', [(1., (3, 2)), (.25, (7, 7)), (.5, (1, 4))])
+def test_roi_pool(scale, output_size, dtype, device):
+    features, rois = pool_inputs(device, scale)
+    rois = torch.cat([rois, rois[:1, [0, 3, 4, 1, 2]]]).to(dtype)  # the last one is inside out
+    check(lambda x: roi_pool(x, rois, output_size, scale),
+          lambda x: reference_roi_pool(x, rois, output_size, scale), (features, ), dtype)
+
+
+@fallback_only
+def test_roi_pool_of_equal_values_and_of_no_rois():
+    features = torch.zeros(1, 1, 4, 4, requires_grad=True)
+    roi_pool(features, torch.tensor([[0., 1, 1, 2, 2]]), 1).backward()
+    assert features.grad[0, 0, 1, 1] == 1 and features.grad.sum() == 1  # the first one, as in mmcv
+    assert roi_pool(features, torch.empty(0, 5), 2).shape == (0, 1, 2, 2)
+
+
+@fallback_only
+@pytest.mark.usefixtures('chunk')
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, *HALVES])
+@pytest.mark.parametrize('scale, output_size, samples, moved', [
+    (1., (3, 2), 0, True), (.25, (2, 2), 2, True), (.5, (2, 3), 0, False)])
+def test_deform_roi_pool(scale, output_size, samples, moved, dtype, device):
+    features, rois = pool_inputs(device, scale)
+    rois = rois.to(dtype)
+    offset = [(4 * randn(len(rois), 2, *output_size, seed=1, device=device)).round() / 4] * moved
+    check(lambda x, *offset: deform_roi_pool(x, rois, *(offset or [None]), output_size, scale, samples, .1),
+          lambda x, *offset: reference_bins(x, rois, output_size, scale, samples, True, lambda v: v.mean(1), *offset),
+          (features, *offset), dtype)
+
+
+@fallback_only
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('layer', [DeformRoIPoolPack, ModulatedDeformRoIPoolPack])
+def test_deform_roi_pool_layers(layer, device):
+    features, rois = (t.float() for t in pool_inputs(device))
+    pool = layer(2, 3, deform_fc_channels=8).to(device)
+    output = pool(features, rois)
+    output.sum().backward()
+    assert output.shape == (6, 3, 2, 2) and pool.offset_fc[-1].bias.grad.any()
+    assert deform_roi_pool(features, rois[:0], None, (2, 2)).shape == (0, 3, 2, 2)

@@ -1,7 +1,14 @@
 """MMCV's operators, by the names and with the arguments of ``mmcv._ext``, on torchvision and plain torch."""
+import inspect
+
 import torchvision  # noqa: F401  (registers torch.ops.torchvision)
 
-from .nms import nms, softnms
-from .roi import roi_align_backward, roi_align_forward
+from . import attention, carafe, deform_conv, focal_loss, masked_conv, nms, roi
+from .precision import without_autocast
 
-OPERATORS = {operator.__name__: operator for operator in (nms, roi_align_backward, roi_align_forward, softnms)}
+OPERATORS = {
+    name: without_autocast(member)
+    for module in (attention, carafe, deform_conv, focal_loss, masked_conv, nms, roi)
+    for name, member in vars(module).items()
+    if inspect.isfunction(member) and member.__module__ == module.__name__ and not name.startswith('_')
+}

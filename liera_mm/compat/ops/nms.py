@@ -1,4 +1,6 @@
 """Which of many overlapping boxes stay."""
+from typing import List
+
 import torch
 from torch import Tensor
 
@@ -77,3 +79,67 @@ def softnms(boxes: Tensor, scores: Tensor, dets: Tensor, iou_threshold: float, s
     keep = torch.tensor(keep, dtype=torch.long, device=boxes.device)
     dets[:len(keep)] = torch.cat([boxes[keep], scores[keep, None]], dim=1)
     return keep
+
+
+def nms_match(dets: Tensor, iou_threshold: float) -> List[List[int]]:
+    """Groups of boxes that overlap.
+
+    Args:
+        dets (Tensor): (N, 5) as x1, y1, x2, y2, score.
+        iou_threshold (float): A box belongs to the best one whose IoU with it is this or larger.
+
+    Returns:
+        list[list[int]]: Indices of the boxes of each group, best first, as the groups are.
+    """
+    dets, = same_precision(dets.cpu())
+    areas = (dets[:, 2:4] - dets[:, :2]).prod(dim=1)
+    order = dets[:, 4].sort(descending=True, stable=True).indices
+    groups = []
+    while len(order):
+        i, others = order[0], order[1:]
+        sizes = torch.minimum(dets[i, 2:4], dets[others, 2:4]) - torch.maximum(dets[i, :2], dets[others, :2])
+        overlap = sizes.clamp(min=0).prod(dim=1)
+        same = overlap / (areas[i] + areas[others] - overlap) >= torch.tensor(iou_threshold, dtype=dets.dtype)
+        groups.append([int(i), *others[same].tolist()])
+        order = others[~same]
+    return groups
+
+
+def line_nms_forward(boxes: Tensor, scores: Tensor, thresh: float, top_k: int) -> List[Tensor]:
+    """Non-maximum suppression of lane lines (Zheng et al. 2022), by their mean distance where both exist.
+
+    Args:
+        boxes (Tensor): (N, 5 + R) as two numbers that aren't used, the start from 0 to 1, one more that isn't used, the
+            length in rows, and the x of the line in each of R rows, in pixels.
+        scores (Tensor): (N,).
+        thresh (float): A line is dropped if its distance from a better one is smaller than this, in pixels.
+        top_k (int): How many lines to keep at most.
+
+    Returns:
+        list[Tensor]: (N,) int64, indices of the kept lines, best first, then zeros; their number, (); and (N,) int64, the
+        place plus one among the kept lines of the last that a line is near to, 0 if there was none.
+    """
+    rows = boxes.shape[1] - 5
+    lines, order = same_precision(boxes)[0], scores.sort(descending=True, stable=True).indices
+    first = (lines[:, 2] * (rows - 1) + .5).int()
+    last = first + lines[:, 4].int() - 1
+    row = torch.arange(rows, device=boxes.device)
+    keep, parents = torch.zeros_like(order), torch.zeros_like(order)
+    count = 0
+    alive = torch.ones_like(order, dtype=torch.bool)
+    for place, i in enumerate(order.tolist()):
+        if not alive[place]:
+            continue
+        if count == top_k:
+            break
+        keep[count] = i
+        count += 1
+        others = order[place + 1:]
+        start = first[others].clamp(min=int(first[i]))
+        end = last[others].clamp(max=min(int(last[i]), rows - 1))
+        both = (row >= start[:, None]) & (row <= end[:, None])
+        distance = ((lines[others, 5:] - lines[i, 5:]).abs() * both).sum(dim=1)
+        near = (distance < thresh * (end - start + 1)) & (start >= 0) & (end >= start)
+        alive[place + 1:] &= ~near
+        parents[others[near]] = parents[i] = count
+    return [keep, torch.tensor(count, device=boxes.device), parents]
