@@ -31,15 +31,28 @@ from pathlib import Path
 from typing import Any, Deque, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
 # Before anything of MMDetection, which may need the operators that liera_mm stands in for
-from liera_mm.engine.cli import check_data, check_weights, exit_clearly, load_config
+from liera_mm.engine.cli import check_data, check_weights, exit_clearly
 from liera_mm.errors import SetupError
 
 # isort: split
 import torch
 from mmengine.config import DictAction
-from study_run import ADAPTERS, LIERA, METHODS, WORLDS, Run, config_of, fingerprint, result_file, work, work_dir
+from study_run import (
+    ADAPTERS,
+    LIERA,
+    METHODS,
+    WORLDS,
+    Run,
+    config_of,
+    fingerprint,
+    read_config,
+    result_file,
+    work,
+    work_dir,
+)
 
 METRIC = 'coco/bbox_mAP'
+CONTEXT = multiprocessing.get_context('spawn')  # CUDA does not survive a fork
 
 
 # What to run
@@ -61,14 +74,14 @@ def plan(args: argparse.Namespace) -> List[Run]:
 
 def settings(args: argparse.Namespace, seed: int, worlds: Sequence[str], methods: Sequence[str]) -> Iterator[Run]:
     """The runs of one seed; what was not asked for is as in a world's config."""
-    defaults = {world: load_config(WORLDS[world].format('liera')) for world in worlds}
     for rank, lr, alpha in itertools.product(args.ranks or [None], args.lrs or [None], args.alphas or [None]):
         for world, method in itertools.product(worlds, methods):
-            liera = defaults[world].model.backbone.liera
+            cfg = read_config(world)
+            liera = cfg.model.backbone.liera
             ours = rank or liera.rank if method in ADAPTERS else None
             options = [(key, value) for key, value in sorted(args.cfg_options.items())
                        if method in ADAPTERS or not key.startswith(LIERA)]
-            yield Run(world, method, lr or defaults[world].optim_wrapper.optimizer.lr, ours,
+            yield Run(world, method, lr or cfg.optim_wrapper.optimizer.lr, ours,
                       ours and (number(alpha, ours) if alpha else liera.alpha), tuple(options), seed)
 
 
@@ -137,9 +150,8 @@ class Worker(NamedTuple):
     @classmethod
     def start(cls, index: int, devices: Sequence[str], *args: Any) -> 'Worker':
         """Start one that sees one of the devices; it must not see the others before it imports torch."""
-        context = multiprocessing.get_context('spawn')
-        ours, theirs = context.Pipe()
-        process = context.Process(target=work, args=(theirs, *args), name=f'worker {index}')
+        ours, theirs = CONTEXT.Pipe()
+        process = CONTEXT.Process(target=work, args=(theirs, *args), name=f'worker {index}')
         before = {name: os.environ.get(name) for name in ('CUDA_VISIBLE_DEVICES', 'OMP_NUM_THREADS')}
         os.environ.update(CUDA_VISIBLE_DEVICES=devices[index % len(devices)] if devices else '', OMP_NUM_THREADS='1')
         try:
@@ -266,9 +278,11 @@ def run_command(args: argparse.Namespace) -> None:
 
 def report_command(args: argparse.Namespace) -> None:
     from study_report import write_report  # needs matplotlib
-    results = read_results(args.out)
+    results = [result for result in read_results(args.out) if result['world'] in args.worlds
+               and result['method'] in args.methods]
     if not results:
-        raise SetupError(f'{args.out} has no results', 'Call tools/study.py run first, or name its folder with --out')
+        raise SetupError(f'{args.out} has no results of these worlds and methods',
+                         'Call tools/study.py run first, or name its folder with --out')
     print(write_report(results, args.out))
 
 
@@ -291,10 +305,10 @@ def main() -> None:
         command = commands.add_parser(name, help=description)
         command.set_defaults(function=function)
         command.add_argument('--out', type=Path, default=Path('work_dirs/study'), help='folder; default: %(default)s')
-        if name == 'report':
-            continue
         command.add_argument('--worlds', nargs='+', choices=WORLDS, default=list(WORLDS), help='default: all')
         command.add_argument('--methods', nargs='+', choices=METHODS, default=list(METHODS), help='default: all')
+        if name == 'report':
+            continue
         command.add_argument('--lrs', nargs='+', type=positive(float), help="learning rates; default: the config's")
         command.add_argument('--ranks', nargs='+', type=positive(int), help="default: the config's")
         command.add_argument('--alphas', nargs='+', type=alpha_text,

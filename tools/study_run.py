@@ -1,5 +1,7 @@
 """One training of tools/study.py: its config, and the process that trains one after another."""
 import contextlib
+import copy
+import functools
 import gc
 import hashlib
 import json
@@ -84,9 +86,15 @@ class Run(NamedTuple):
                          *(f'{key}={value}' for key, value in self.options), f'seed {self.seed}'])
 
 
+@functools.cache
+def read_config(world: str, kind: str = 'liera') -> Config:
+    """The config of a world, of LieRA or of ``full`` fine-tuning; not to be changed, since it is read once."""
+    return load_config(WORLDS[world].format(kind))
+
+
 def config_of(run: Run, data: str = 'data') -> Config:
     """The config of a run, whose data lie in that folder."""
-    cfg = load_config(WORLDS[run.world].format('full' if run.method == 'full' else 'liera'))
+    cfg = copy.deepcopy(read_config(run.world, 'full' if run.method == 'full' else 'liera'))
     if run.method != 'full':
         liera = METHODS[run.method]
         cfg.model.backbone.liera = liera and dict(liera, **(dict(rank=run.rank, alpha=run.alpha) if run.rank else {}))
@@ -127,7 +135,7 @@ class Recorder(Hook):
         if self.last is not None:
             self.times.append(now - self.last)
         self.last = now
-        self.losses.append(float(outputs['loss']))
+        self.losses.append(outputs['loss'].item())
         if (runner.iter + 1) % 10 == 0:
             self.curve.append([runner.iter + 1, round(statistics.mean(self.losses), 4)])
             self.losses = []
