@@ -1,5 +1,6 @@
 """Ground-truth masks that stay on the device that trains."""
-from typing import Any, Sequence, Tuple, Union
+import functools
+from typing import Any, Callable, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -13,27 +14,43 @@ from torch import Tensor
 
 
 class DeviceMasks(BitmapMasks):
-    """MMDetection's ``BitmapMasks`` on a device: moved once, and never copied to be padded, passed on or cropped.
+    """MMDetection's ``BitmapMasks`` on a device: moved once, and never copied to be padded, passed on, cropped or measured.
+
+    Everything else, such as ``rotate``, is done on the host, with the result on the device again.
 
     Args:
-        masks: The masks, (G, H, W), uint8.
+        tensor: The masks, (G, H, W), uint8.
     """
 
-    def __init__(self, masks: Tensor):
-        self.masks = masks
-        self.height, self.width = masks.shape[1:]
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+        self.height, self.width = tensor.shape[1:]
+
+    @property
+    def masks(self) -> np.ndarray:
+        """The masks on the host: what ``BitmapMasks`` works with."""
+        return self.tensor.cpu().numpy()
+
+    def __len__(self) -> int:
+        return len(self.tensor)
 
     def __getitem__(self, index: Any) -> 'DeviceMasks':
-        return DeviceMasks(self.masks[index].view(-1, self.height, self.width))
+        return DeviceMasks(self.tensor[index].reshape(-1, self.height, self.width))
 
     def __deepcopy__(self, memo: dict) -> 'DeviceMasks':
         return self  # nothing writes to the masks of a batch, and detectors copy their data samples
 
     def pad(self, out_shape: Tuple[int, int], pad_val: int = 0) -> 'DeviceMasks':
         height, width = out_shape
+        assert height >= self.height and width >= self.width, f'{self} cannot be padded to {height} × {width}'
         if (height, width) == (self.height, self.width):
             return self
-        return DeviceMasks(F.pad(self.masks, (0, width - self.width, 0, height - self.height), value=pad_val))
+        return DeviceMasks(F.pad(self.tensor, (0, width - self.width, 0, height - self.height), value=pad_val))
+
+    def crop(self, bbox: np.ndarray) -> 'DeviceMasks':
+        x1, x2 = np.clip(bbox[0::2], 0, self.width).tolist()
+        y1, y2 = np.clip(bbox[1::2], 0, self.height).tolist()
+        return DeviceMasks(self.tensor[:, y1:max(y2, y1 + 1), x1:max(x2, x1 + 1)])
 
     def crop_and_resize(self,
                         bboxes: Union[np.ndarray, Tensor],
@@ -44,16 +61,41 @@ class DeviceMasks(BitmapMasks):
                         binarize: bool = True) -> BitmapMasks:
         if len(self) == 0:
             return BitmapMasks(np.empty((0, *out_shape), dtype=np.uint8), *out_shape)
-        boxes = torch.as_tensor(bboxes, device=self.masks.device)
+        boxes = torch.as_tensor(bboxes, device=self.tensor.device)
         rois = torch.cat([torch.as_tensor(inds, device=boxes.device).to(boxes.dtype)[:, None], boxes], 1)
-        targets = roi_align(self.masks[:, None].to(boxes.dtype), rois, out_shape, 1.0, 0, 'avg', True)[:, 0]
+        targets = roi_align(self.tensor[:, None].to(boxes.dtype), rois, out_shape, 1.0, 0, 'avg', True)[:, 0]
         return BitmapMasks((targets >= .5 if binarize else targets).cpu().numpy(), *out_shape)
 
+    @property
+    def areas(self) -> np.ndarray:
+        return self.tensor.sum((1, 2)).cpu().numpy()
+
     def to_ndarray(self) -> np.ndarray:
-        return self.masks.cpu().numpy()
+        return self.masks
 
     def to_tensor(self, dtype: torch.dtype, device: Union[str, torch.device]) -> Tensor:
-        return self.masks.to(device, dtype)
+        return self.tensor.to(device, dtype)
+
+    @classmethod
+    def cat(cls, masks: Sequence['DeviceMasks']) -> 'DeviceMasks':
+        return cls(torch.cat([each.tensor for each in masks]))
+
+    @classmethod
+    def random(cls, *args: Any, **kwargs: Any) -> 'DeviceMasks':
+        return cls(torch.from_numpy(BitmapMasks.random(*args, **kwargs).masks))
+
+
+def _on_host(method: Callable) -> Callable:
+
+    @functools.wraps(method)
+    def run(self: DeviceMasks, *args: Any, **kwargs: Any) -> DeviceMasks:
+        return DeviceMasks(torch.from_numpy(method(self, *args, **kwargs).masks).to(self.tensor.device))
+
+    return run
+
+
+for _name in ('rescale', 'resize', 'flip', 'expand', 'translate', 'shear', 'rotate'):
+    setattr(DeviceMasks, _name, _on_host(getattr(BitmapMasks, _name)))
 
 
 @MODELS.register_module()

@@ -1,4 +1,4 @@
-"""Masks on a device are those of MMDetection, for everything that a detector does with them in training."""
+"""Masks on a device are those of MMDetection, for everything that these can do."""
 import copy
 
 import numpy as np
@@ -46,12 +46,59 @@ def test_pad(ours, masks, value):
 
 
 def test_copies_share_the_masks(ours):
-    assert copy.deepcopy(InstanceData(masks=ours)).masks.masks is ours.masks
+    assert copy.deepcopy(InstanceData(masks=ours)).masks.tensor is ours.tensor
+
+
+@pytest.mark.parametrize('box', [[3, 4, 20, 31], [-5, -2, 9, 12], [40, 30, 70, 60], [7, 7, 7, 7], [9, 9, 4, 20]], ids=str)
+def test_crop_and_areas(ours, masks, box):
+    box = np.int32(box)
+    theirs, cropped = masks.crop(box), ours.crop(box)
+    assert type(cropped) is DeviceMasks and (cropped.height, cropped.width) == (theirs.height, theirs.width)
+    assert np.array_equal(cropped.to_ndarray(), theirs.masks)
+    assert np.array_equal(cropped.areas, theirs.areas) and isinstance(cropped.areas, np.ndarray)
+    assert np.array_equal(cropped[[2, 0]].areas, theirs[[2, 0]].areas)  # an index into what is not contiguous
+
+
+def test_crop_of_a_box_outside(ours):
+    assert not ours.crop(np.int32([60, 60, 70, 70])).areas.any()  # where BitmapMasks fails
+
+
+@pytest.mark.parametrize('name, args', [
+    ('translate', ((40, 50), 7)), ('translate', ((64, 50), -3, 'vertical')), ('rescale', (.5, )), ('resize', ((20, 30), )),
+    ('flip', ()), ('flip', ('diagonal', )), ('expand', (80, 90, 5, 7)), ('shear', ((40, 50), .3)),
+    ('rotate', ((40, 50), 30)),
+])
+def test_geometry(ours, masks, name, args):
+    theirs, moved = getattr(masks, name)(*args), getattr(ours, name)(*args)
+    assert type(moved) is DeviceMasks and moved.tensor.device == ours.tensor.device
+    assert (moved.height, moved.width) == (theirs.height, theirs.width)
+    assert np.array_equal(moved.to_ndarray(), theirs.masks) and moved.tensor.dtype == torch.uint8
+
+
+@pytest.mark.parametrize('name, args', [
+    ('translate', ((64, 50), 7)), ('crop', (np.int32([1, 2, 9, 9]), )), ('flip', ()), ('rotate', ((40, 50), 30))])
+def test_geometry_without_masks(name, args):
+    none = BitmapMasks(np.empty((0, 40, 50), np.uint8), 40, 50)
+    theirs = getattr(none, name)(*args)
+    ours = getattr(DeviceMasks(torch.from_numpy(none.masks)), name)(*args)
+    assert ours.to_ndarray().shape == theirs.masks.shape and ours.areas.shape == (0, )
+
+
+def test_boxes_and_iteration(ours, masks):
+    assert torch.equal(ours.get_bboxes('hbox').tensor, masks.get_bboxes('hbox').tensor)
+    assert all(np.array_equal(a, b) for a, b in zip(ours, masks)) and repr(ours) == f'Device{masks!r}'.replace('Bitmap', '')
+
+
+def test_concatenation(ours, masks):
+    together = DeviceMasks.cat([ours[:2], ours[2:]])
+    assert together.tensor.device == ours.tensor.device and np.array_equal(together.to_ndarray(), masks.masks)
+    assert np.array_equal(BitmapMasks.cat([ours, masks]).masks, np.concatenate([masks.masks] * 2))
+    assert len(DeviceMasks.random(4, 8, 8)) == 4
 
 
 @pytest.mark.parametrize('soft', [False, True])
 def test_targets_of_the_mask_head(ours, masks, soft):
-    device = ours.masks.device
+    device = ours.tensor.device
     corners = torch.rand(12, 2, 2, device=device) * torch.tensor([50, 40], device=device)
     boxes = torch.cat([corners.amin(1), corners.amax(1) + 1], 1)
     inds = torch.randint(0, 5, (12, ), device=device)
