@@ -11,7 +11,7 @@ import re
 import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import IO, Any, Dict, List, Optional, Union
+from typing import IO, Any, Container, Dict, List, Optional, Union
 from urllib.parse import urlparse
 
 import numpy as np
@@ -31,7 +31,7 @@ from mmengine.runner.checkpoint import (
 )
 from torch import nn
 
-from ..checkpoint import write_atomically
+from ..checkpoint import digest, write_atomically
 from ..errors import SetupError
 from ..models.pretrained import RECORD, encode_record, load_from_safetensors, pretrained_backbones
 
@@ -96,7 +96,7 @@ def load_trained(model: nn.Module, path: Union[str, os.PathLike], config: str) -
     checkpoint = read_checkpoint(path, 'cpu')
     state = {re.sub('^module\\.', '', key): value for key, value in checkpoint.get('state_dict', checkpoint).items()}
     try:
-        load_state_dict(model, state, strict=True)
+        load_state_dict(model, _without_doubles(state, model.state_dict().keys()), strict=True)
     except SetupError as error:
         problem, remedy = str(error).splitlines()
         raise SetupError(f'{path} was not trained with {config}: {problem:.300}', remedy) from None
@@ -104,6 +104,17 @@ def load_trained(model: nn.Module, path: Union[str, os.PathLike], config: str) -
         raise SetupError(f'{path} was not trained with {config}: {str(error).splitlines()[-1]:.300}',
                          'Use the config in the work dir of that checkpoint') from None
     return checkpoint
+
+
+def _without_doubles(state: Dict[str, torch.Tensor], known: Container[str]) -> Dict[str, torch.Tensor]:
+    """A state dict without what it also has under a name that is known.
+
+    Some detectors give one of their parts to another when they first compute, as DDQ does, from when on their state dict has
+    it twice.
+    """
+    others = {name for name in state if name not in known and '.adapter.' not in name}
+    ours = {digest(tensor) for name, tensor in state.items() if name in known} if others else set()
+    return {name: tensor for name, tensor in state.items() if name not in others or digest(tensor) not in ours}
 
 
 def latest_checkpoint(work_dir: str) -> Optional[str]:

@@ -29,6 +29,9 @@ def LieRABackbone(backbone: Dict[str, Any], liera: Optional[Dict[str, Any]] = No
     return model
 
 
+LieRABackbone.wraps = 'backbone'  # the argument that is left of its config without this package
+
+
 def adapt_or_freeze(model: nn.Module, liera: Optional[Dict[str, Any]]) -> None:
     """Adapt with those arguments of :func:`liera_mm.adapt`; with None, freeze and nothing else.
 

@@ -23,6 +23,35 @@ def run_tool():
     return run
 
 
+# Stock MMDetection has compiled operators. Their stand-in is loaded under another name, and nothing else of this package
+# can be imported.
+STOCK = '''
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location('stand_in', {stand_in!r})
+sys.modules['stand_in'] = stand_in = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(stand_in)
+stand_in.install()
+sys.modules['liera_mm'] = None
+
+import torch
+torch.set_num_threads(1)
+'''
+
+
+@pytest.fixture(scope='session')
+def run_stock():
+    """A function that runs Python code in a process that has MMDetection, but not this package."""
+
+    def run(code, *args, cwd):
+        code = STOCK.format(stand_in=str(ROOT / 'liera_mm/compat/__init__.py')) + code
+        command = [sys.executable, '-c', code, *map(str, args)]
+        env = dict(os.environ, OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')
+        result = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+        assert not result.returncode, result.stdout[-2000:] + result.stderr[-4000:]
+
+    return run
+
+
 @pytest.fixture(scope='session')
 def tiny_digits(make_once, run_tool):
     """Folder of six images to train on and three to validate on."""

@@ -1,6 +1,5 @@
 """tools/merge.py: its output gives the adapted detector's predictions in MMDetection without this package."""
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
 from liera_mm.engine.checkpoint import leave_out_base
+from liera_mm.engine.plain import plain_config
 from liera_mm.errors import SetupError
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -35,24 +35,14 @@ CONFIGS = {
         init_cfg=dict(type='Pretrained', checkpoint='liera://mask-rcnn_convnextv2-mini_glyphs', prefix='backbone.'))), """,
 }
 
-# The operators' stand-in is loaded under another name: stock MMDetection has compiled ones instead.
 STOCK = '''
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location('stand_in', sys.argv[1])
-sys.modules['stand_in'] = stand_in = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(stand_in)
-stand_in.install()
-
-import torch
 from mmdet.apis import inference_detector, init_detector
 
-torch.set_num_threads(1)
-for merged in sys.argv[3:]:
+for merged in sys.argv[2:]:
     detector = init_detector(merged.replace('.pth', '.py'), merged, device='cpu')
-    result = inference_detector(detector, sys.argv[2])
+    result = inference_detector(detector, sys.argv[1])
     torch.save(dict(result.pred_instances.items(), classes=detector.dataset_meta['classes'],
                     type=type(detector.backbone).__name__), merged + '.result')
-assert not [name for name in sys.modules if name.startswith('liera_mm')]
 '''
 
 
@@ -91,15 +81,14 @@ def detectors(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def merged(tmp_path_factory, detectors, picture):
+def merged(tmp_path_factory, detectors, picture, run_stock):
     """What the tool wrote, and what stock MMDetection predicts with it."""
     folder = tmp_path_factory.mktemp('merged') / 'new'
     with pytest.MonkeyPatch.context() as patch:
         for name, files in detectors.items():
             merge(patch, *files, folder / f'{name}.pth')
     files = [str(folder / f'{name}.pth') for name in detectors]
-    operators = ROOT / 'liera_mm/compat/__init__.py'
-    subprocess.run([sys.executable, '-c', STOCK, operators, picture, *files], cwd=folder, check=True)
+    run_stock(STOCK, picture, *files, cwd=folder)
     return {name: (torch.load(file, weights_only=False), torch.load(file + '.result', weights_only=False))
             for name, file in zip(detectors, files)}
 
@@ -143,6 +132,71 @@ def test_other_imports_and_hooks_stay(detectors, tmp_path, monkeypatch):
     cfg = Config.fromfile(tmp_path / 'plain.py')
     assert cfg.custom_hooks == [dict(type='EMAHook')]
     assert cfg.custom_imports.imports == ['json', 'mmpretrain.models']
+
+
+# Detectors that write into their config while they are built
+DETRS = {
+    'detr': ('detr/detr_r50_8xb2-150e_coco.py', dict(in_channels=[512])),
+    'deformable_detr': ('deformable_detr/deformable-detr-refine-twostage_r50_16xb2-50e_coco.py',
+                        dict(in_channels=[128, 256, 512])),
+    'dino': ('dino/dino-4scale_r50_8xb2-12e_coco.py', dict(in_channels=[128, 256, 512])),
+    'ddq': ('ddq/ddq-detr-4scale_r50_8xb2-12e_coco.py', dict(in_channels=[128, 256, 512])),
+}
+
+
+@pytest.mark.parametrize('name', DETRS)
+def test_configs_that_the_detector_changes(monkeypatch, tmp_path, name):
+    base, neck = DETRS[name]
+    config, checkpoint = tmp_path / 'config.py', tmp_path / 'checkpoint.pth'
+    indices = [3] if name == 'detr' else [1, 2, 3]
+    resnet = dict(type='ResNet', depth=18, out_indices=indices, norm_cfg=dict(type='BN', requires_grad=False))
+    model = dict(neck=neck, encoder=dict(num_layers=1), decoder=dict(num_layers=2), num_queries=20, backbone=dict(
+        _delete_=True, type='LieRABackbone', backbone=resnet, liera=dict(rank=1, targets=['conv1'])))
+    config.write_text(f"_base_ = 'mmdet::{base}'\ncustom_imports = dict(imports=['liera_mm'])\nmodel = {model}")
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        detector = MODELS.build(Config.fromfile(config).model)
+        if name == 'ddq':
+            detector.decoder.aux_reg_branches = detector.bbox_head.aux_reg_branches  # as its forward pass does
+        torch.save(dict(state_dict=detector.state_dict()), checkpoint)
+        merge(monkeypatch, config, checkpoint, tmp_path / 'plain.pth')
+        cfg = Config.fromfile(tmp_path / 'plain.py')
+        assert cfg.to_dict() == plain_config(Config.fromfile(config)).to_dict()
+        assert cfg.model.backbone == resnet
+        stock = MODELS.build(cfg.model)
+        stock.load_state_dict(torch.load(tmp_path / 'plain.pth')['state_dict'])
+    assert type(stock.backbone).__module__.startswith('mmdet.')
+
+
+def test_doubles_are_left_out_only_where_they_are_doubles(monkeypatch, detectors, tmp_path):
+    config, checkpoint = detectors['taylor']
+    content = torch.load(checkpoint.with_suffix('.whole'))
+    name = 'rpn_head.rpn_conv.weight'
+    torch.save({**content, 'neck.again.weight': content[name].clone()}, tmp_path / 'twice.pth')
+    merge(monkeypatch, config, tmp_path / 'twice.pth', tmp_path / 'plain.pth')
+    assert 'neck.again.weight' not in torch.load(tmp_path / 'plain.pth')['state_dict']
+    torch.save({**content, 'neck.again.weight': content[name] + 1}, tmp_path / 'more.pth')
+    problem, _ = refused(monkeypatch, config, tmp_path / 'more.pth', tmp_path / 'out.pth')
+    assert 'neck.again.weight' in problem
+
+
+def test_options(monkeypatch, detectors, tmp_path):
+    """A checkpoint that was trained with --cfg-options is merged with them."""
+    config, checkpoint = detectors['taylor']
+    merge(monkeypatch, config, detectors['exp'][1], tmp_path / 'plain.pth', '--cfg-options',
+          'model.backbone.liera.update=exp', 'model.backbone.linear_pw_conv=False')
+    assert Config.fromfile(tmp_path / 'plain.py').model.backbone.linear_pw_conv is False
+
+
+def test_what_stands_for_nothing_is_refused_before_anything_is_written(monkeypatch, detectors, tmp_path):
+    config, checkpoint = detectors['taylor']
+
+    class Later:
+        __module__ = 'liera_mm.later'
+
+    monkeypatch.setitem(MODELS._module_dict, 'Later', Later)
+    (tmp_path / 'own.py').write_text(f"_base_ = '{config}'\nmodel = dict(test_cfg=dict(rcnn=dict(part=dict(type='Later'))))")
+    problem, _ = refused(monkeypatch, tmp_path / 'own.py', checkpoint, tmp_path / 'out.pth')
+    assert problem.startswith('model.test_cfg.rcnn.part.type is Later of liera_mm')
 
 
 def refused(monkeypatch, *args):
