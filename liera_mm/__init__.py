@@ -7,8 +7,8 @@ from . import compat
 compat.versions.check()
 compat.install()
 
-from .adapt import adapt, export, merge, summary, unmerge  # noqa: E402
-from .adapters import adapter_state_dict, adapters_off, set_adapter  # noqa: E402
+from .adapt import adapt, export, merge, merge_and_unload, summary, unmerge  # noqa: E402
+from .adapters import adapter_state_dict, adapters_off, combine, set_adapter  # noqa: E402
 from .checkpoint import load_adapter, save_adapter  # noqa: E402
 from .engine import LieRAHook  # noqa: E402
 from .models import LieRABackbone, LieRAConvNeXt  # noqa: E402
@@ -17,6 +17,6 @@ from .version import __version__  # noqa: E402
 
 __all__ = [
     '__version__', 'LieRABackbone', 'LieRAConvNeXt', 'LieRAHook', 'adapt', 'adapter_state_dict', 'adapters_off',
-    'export', 'layer_reports', 'load_adapter', 'merge', 'range_report', 'save_adapter', 'set_adapter', 'summary',
-    'unmerge'
+    'combine', 'export', 'layer_reports', 'load_adapter', 'merge', 'merge_and_unload', 'range_report', 'save_adapter',
+    'set_adapter', 'summary', 'unmerge'
 ]

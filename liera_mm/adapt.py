@@ -3,6 +3,7 @@ import collections
 import contextlib
 import difflib
 import fnmatch
+import functools
 import logging
 import re
 from typing import (
@@ -26,7 +27,8 @@ from torch import Tensor, nn
 
 from .algebra import METHODS
 from .group import MULTIPLICATIVE, UPDATES
-from .layers import AdaptedLayer, adapt_layer, adapted_class
+from .layers import AdaptedLayer, adapt_layer, adapted_class, restore_class
+from .wrappers import through_wrappers
 
 KINDS = ('conv', 'depthwise', 'pointwise', 'linear')
 SCALES = ('relative', 'plain')
@@ -47,6 +49,7 @@ def layer_kind(layer: nn.Module) -> Optional[str]:
     return None
 
 
+@functools.partial(through_wrappers, refuse_fixed=True)
 def adapt(model: nn.Module,
           rank: int = 16,
           alpha: float = 32,
@@ -299,6 +302,7 @@ def some(names: Iterable[str]) -> str:
     return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '') if names else 'nothing'
 
 
+@through_wrappers
 def summary(model: nn.Module) -> Summary:
     """What was adapted, and how many parameters train."""
     rows = []
@@ -335,6 +339,7 @@ def without_adapters(model: nn.Module) -> Iterator[nn.Module]:
                 adapter.reset(layer.weight)
 
 
+@through_wrappers
 def merge(model: nn.Module) -> nn.Module:
     """Fold every Δ into its weight, in place: the forward pass costs what it did before :func:`adapt`."""
     for _, layer in adapted_layers(model):
@@ -342,6 +347,7 @@ def merge(model: nn.Module) -> nn.Module:
     return model
 
 
+@through_wrappers
 def unmerge(model: nn.Module) -> nn.Module:
     """Undo :func:`merge`, bit for bit."""
     for _, layer in adapted_layers(model):
@@ -349,6 +355,28 @@ def unmerge(model: nn.Module) -> nn.Module:
     return model
 
 
+@through_wrappers
+@torch.no_grad()
+def merge_and_unload(model: nn.Module) -> nn.Module:
+    """Fold every Δ into its weight for good, and make the model one that this package has never seen, in place.
+
+    Layers and backbones have their original classes, attributes and state-dict keys, so that code which reads weights
+    (``switch_to_deploy``, ``fuse_conv_bn``, quantisation) and pickles without this package work. Other adapters that were
+    loaded are gone. What was frozen stays frozen, as with PEFT: ``model.requires_grad_()`` trains it all.
+
+    Returns:
+        The same model; with its wrappers (``torch.compile`` and the like), if it has any.
+    """
+    for _, layer in adapted_layers(model):
+        layer._parameters['weight'].data = layer.effective_weight()
+    for module in model.modules():
+        for name in ('liera', 'trained_in_place', 'active_adapter', 'parked_adapters'):
+            vars(module).pop(name, None)
+        restore_class(module)
+    return model
+
+
+@through_wrappers
 @torch.no_grad()
 def export(model: nn.Module) -> Dict[str, Tensor]:
     """A plain state dict with Δ folded in: the keys and shapes that the model had before :func:`adapt`."""

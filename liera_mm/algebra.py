@@ -4,7 +4,7 @@
 holds the trained tensors; calling it gives Δ in float32 or better, and Δ is exactly zero at start.
 """
 import math
-from typing import Optional, Tuple, Union
+from typing import Callable, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +122,18 @@ class Perturbation(nn.Module):
         """The effective weight, from the weight that the update rule has moved by Δ; for most they are the same."""
         return moved
 
+    def combine(self, terms: Sequence[Tuple[float, 'Perturbation']], move: Callable[[Tensor], Tensor]) -> None:
+        """Become Σ w · Δ of other perturbations of the same weight, of any rank; what trains has other tensors then.
+
+        Args:
+            terms: Each w, and its perturbation.
+            move: The weight as the update rule moves it by a Δ.
+
+        Raises:
+            ValueError: If there is no such sum.
+        """
+        raise ValueError(f'perturbations of the kind {type(self).__name__} have no sum')
+
 
 class Dense(Perturbation):
     """``method='dense'``: Δ itself, in its unit, is the parameter, zero at start; rank and alpha are unused.
@@ -135,6 +147,10 @@ class Dense(Perturbation):
 
     def forward(self) -> Tensor:
         return at_least_float32(self.delta) * self.factor
+
+    def combine(self, terms: Sequence[Tuple[float, Perturbation]], move: Callable[[Tensor], Tensor]) -> None:
+        delta = sum(w * other.delta.double() for w, other in terms)
+        self.delta = nn.Parameter(delta.to(self.delta.dtype))
 
 
 class LowRank(Perturbation):
@@ -151,6 +167,12 @@ class LowRank(Perturbation):
 
     def forward(self) -> Tensor:
         return low_rank(*self.factors(), self.factor, self.shape)
+
+    def combine(self, terms: Sequence[Tuple[float, Perturbation]], move: Callable[[Tensor], Tensor]) -> None:
+        self.rank = sum(other.rank for _, other in terms)
+        self.scale = sum(other.scale * other.rank for _, other in terms) / self.rank  # as alpha / rank, were alpha the sum
+        factors = [(w * other.scale / self.scale, other) for w, other in terms]
+        self.A, self.B = map(nn.Parameter, side_by_side([(w, other.A, other.B) for w, other in factors]))
 
 
 class Pissa(LowRank):
@@ -181,6 +203,11 @@ class Pissa(LowRank):
         a, b, a0, b0 = map(at_least_float32, (self.A, self.B, self.A0, self.B0))
         # B A - B0 A0 as one product, such that it is zero bit for bit at the start
         return torch.cat([a, a - a0]), torch.cat([b - b0, b0], 1)
+
+    def combine(self, terms: Sequence[Tuple[float, Perturbation]], move: Callable[[Tensor], Tensor]) -> None:
+        super().combine(terms, move)
+        factors = [(w * other.scale / self.scale, other) for w, other in terms]
+        self.A0, self.B0 = side_by_side([(w, other.A0, other.B0) for w, other in factors])
 
 
 class Dora(LowRank):
@@ -227,6 +254,16 @@ class Dora(LowRank):
             return values.reshape(self.shape[0], -1, *kernel)
         return values.view(-1, 1, *kernel)
 
+    def combine(self, terms: Sequence[Tuple[float, Perturbation]], move: Callable[[Tensor], Tensor]) -> None:
+        super().combine(terms, move)
+        logarithm = 0
+        for w, other in terms:
+            if (other.magnitude <= 0).any():
+                raise ValueError('a magnitude is not positive, and has no logarithm to sum')
+            norm = self.norm(move(other()))
+            logarithm = logarithm + w * torch.where(norm > 0, at_least_float32(other.magnitude) / norm, 1).log()
+        self.magnitude = nn.Parameter((self.norm(move(self())) * logarithm.exp()).to(self.magnitude.dtype))
+
 
 def _norm(rows: Tensor) -> Tuple[Tensor, Tensor]:
     """Euclidean norms of rows and the units they are in, powers of two in which no square over- or underflows.
@@ -238,6 +275,12 @@ def _norm(rows: Tensor) -> Tuple[Tensor, Tensor]:
     unit = torch.where(largest < 2.**(-exponent // 4), 2.**(-exponent * 5 // 8), torch.ones_like(largest))
     unit = torch.where(largest > 2.**(exponent // 4), 2.**(exponent * 5 // 8), unit)
     return (rows / unit[:, None]).norm(dim=1), unit
+
+
+def side_by_side(terms: Sequence[Tuple[float, Tensor, Tensor]]) -> Tuple[Tensor, Tensor]:
+    """A and B such that B A = Σ w · B A over the terms ``(w, A, B)``: (Σ r, m) and (n, Σ r), in the dtype of the terms."""
+    weights, a, b = zip(*terms)
+    return torch.cat(a), torch.cat([(w * factor.double()).to(factor.dtype) for w, factor in zip(weights, b)], 1)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -13,18 +13,21 @@ from torch import Tensor, nn
 from .adapt import BEFORE, some
 from .adapters import adapter_state_dict, frozen_names, start_adapter
 from .version import __version__
+from .wrappers import through_wrappers
 
 FORMAT = 'liera_mm-adapter-2'
 FORMAT_1 = 'liera_mm-adapter-1'  # without checksum and version
 NO_CHECKSUM = b'0' * 64
 
 
+@through_wrappers
 def fingerprint(model: nn.Module) -> Dict[str, str]:
     """A short hash of every frozen tensor, by name. Linear and 1x1 forms of the same weight have the same hash."""
     state, frozen = model.state_dict(), frozen_names(model)
     return {name: digest(state[name]) for name in state if name in frozen}
 
 
+@through_wrappers
 def save_adapter(model: nn.Module, path: Union[str, os.PathLike], dtype: Optional[torch.dtype] = None) -> None:
     """Write :func:`adapter_state_dict` with the configuration and the base's fingerprint in its header.
 
@@ -55,6 +58,7 @@ def save_adapter(model: nn.Module, path: Union[str, os.PathLike], dtype: Optiona
     write_atomically(path, seal(tensors, metadata))
 
 
+@through_wrappers
 def load_adapter(model: nn.Module,
                  source: Union[str, os.PathLike, Mapping[str, Tensor]],
                  name: str = 'default') -> nn.Module:

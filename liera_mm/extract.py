@@ -10,6 +10,7 @@ from .adapters import frozen_names
 from .algebra import Dense, Dora, LowRank, Pissa, leading_factors
 from .group import INVERSES, MULTIPLICATIVE
 from .layers import AdaptedLayer
+from .wrappers import through_wrappers
 
 
 class Fit(NamedTuple):
@@ -30,6 +31,7 @@ class Fit(NamedTuple):
         return self.left / self.change if self.change else 0.
 
 
+@through_wrappers
 def extract(model: nn.Module, weights: Dict[str, Tensor], steps: int = 200) -> List[Fit]:
     """Give an adapted model the perturbations that bring it nearest to other weights.
 

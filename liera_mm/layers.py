@@ -27,6 +27,7 @@ class AdaptedLayer:
         unmerged_weight (Tensor | None): The frozen weight while ``weight`` holds the effective one.
     """
     original_class: Type[nn.Module]
+    added = ('adapter', 'unmerged_weight', 'method', 'update')  # what restore_class() takes away
 
     def effective_weight(self, dtype: Optional[torch.dtype] = None) -> Tensor:
         """The weight that the layer computes with, in the shape and memory format of the frozen one.
@@ -158,7 +159,7 @@ def adapted_class(cls: Type[nn.Module]) -> Type[AdaptedLayer]:
     if cls is nn.modules.linear.NonDynamicallyQuantizableLinear:
         raise TypeError(f'{cls.__name__} is the output projection of nn.MultiheadAttention, which reads the weight '
                         'without calling the layer')
-    return type(f'Adapted{cls.__name__}', (cls, _ADAPTED[base]), dict(original_class=cls))
+    return type(f'Adapted{cls.__name__}', (cls, _ADAPTED[base]), dict(__module__=__name__, original_class=cls))
 
 
 def effective_weights(layers: Sequence[nn.Module], dtype: Optional[torch.dtype] = None) -> List[Tensor]:
@@ -247,3 +248,17 @@ def adapt_layer(layer: nn.Module, method: str, update: str, scale: str, rank: in
     layer.register_buffer('unmerged_weight', None, persistent=False)
     layer.method, layer.update = method, update
     layer.__class__ = adapted
+
+
+def restore_class(module: nn.Module) -> None:
+    """Give a module of a class of this package its nearest base class that is none, without what ours have ``added``."""
+    classes = type(module).__mro__
+    for cls in filter(_is_ours, classes):
+        for name in vars(cls).get('added', ()):
+            if name in module.__dict__ or name in module._modules or name in module._buffers:
+                delattr(module, name)
+    module.__class__ = next(cls for cls in classes if not _is_ours(cls))
+
+
+def _is_ours(cls: type) -> bool:
+    return cls.__module__.partition('.')[0] == __name__.partition('.')[0]

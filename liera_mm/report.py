@@ -10,6 +10,7 @@ from .adapt import adapted_layers, layer_kind, scale_of
 from .algebra import factor_shapes
 from .group import MULTIPLICATIVE, UPDATES
 from .layers import AdaptedLayer
+from .wrappers import through_wrappers
 
 QUANTILES = (.5, .9, .99, 1.)
 
@@ -29,6 +30,7 @@ class RangeReport(NamedTuple):
     zero_weights: int
 
 
+@through_wrappers
 @torch.no_grad()
 def range_report(model: nn.Module) -> RangeReport:
     """The state of every Δ in one report; see :class:`RangeReport`."""
@@ -87,6 +89,7 @@ class LayerReport(NamedTuple):
     weights: int
 
 
+@through_wrappers
 def layer_reports(model: nn.Module) -> List[LayerReport]:
     """A :class:`LayerReport` of every adapted layer, in the model's order; computed in float64, on the layer's device."""
     return [_layer_report(name, layer) for name, layer in adapted_layers(model)]

@@ -52,7 +52,8 @@ def adapt_or_freeze(model: nn.Module, liera: Optional[Dict[str, Any]]) -> None:
 
 @functools.cache
 def _pretrained_class(cls: Type[nn.Module]) -> Type[nn.Module]:
-    return type(f'LieRA{cls.__name__}', (PretrainedBackbone, cls), dict(__reduce__=_reduce, original_class=cls))
+    members = dict(__module__=__name__, __reduce__=_reduce, original_class=cls)
+    return type(f'LieRA{cls.__name__}', (PretrainedBackbone, cls), members)
 
 
 def _reduce(model: nn.Module):

@@ -34,6 +34,8 @@ class LieRAConvNeXt(PretrainedBackbone, ConvNeXt):
         **kwargs: Arguments of mmpretrain's ``ConvNeXt``.
     """
 
+    added = ('fast', )
+
     def __init__(self, liera: Optional[Dict[str, Any]] = None, fast: bool = True, **kwargs):
         super().__init__(**kwargs)
         adapt_or_freeze(self, liera)

@@ -46,6 +46,7 @@ class PretrainedBackbone:
     A state dict need not have the frozen weights. Where it has a record of them instead (:meth:`record`), they are
     fetched from where they came from, checked, and loaded together with the rest, whoever loads it.
     """
+    added = ('loaded', 'base', 'fetching')  # what restore_class() takes away
     loaded: Set[str] = frozenset()
     base: Optional[Base] = None
     fetching: Tuple[Dict[str, Optional[str]], ...] = ()

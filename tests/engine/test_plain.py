@@ -60,7 +60,8 @@ def test_everything_registered_has_a_stock_parent_or_goes(name):
         assert stock[1] in found and stock[0] in ('mmengine', 'mmdet', 'mmpretrain')
 
 
-@pytest.mark.parametrize('name', ['{}', 'mmdet.{}', 'mmengine.{}', 'mmpretrain.{}', 'liera_mm.{}', 'liera_mm.models.{}', None])
+@pytest.mark.parametrize('name', ['{}', 'mmdet.{}', 'mmengine.{}', 'mmpretrain.{}', 'liera_mm.{}', 'liera_mm.models.{}',
+                                  None])
 @pytest.mark.parametrize(('ours', 'stock'), [
     (LieRABackbone, None),
     (LieRAConvNeXt, 'mmpretrain.ConvNeXt'),

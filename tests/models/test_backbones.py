@@ -190,3 +190,46 @@ def test_layerwise_learning_rates(name, decay_type):
 def test_bad_settings(name, liera, message):
     with pytest.raises(SetupError, match=message):
         build(dict(CASES[name][1], liera=liera))
+
+
+# Plain again
+
+
+def assert_plain(ours, theirs):
+    """The same modules of the same classes with the same attributes, of which none is of this package."""
+    for (name, module), (other_name, other) in zip(ours.named_modules(), theirs.named_modules()):
+        assert name == other_name and type(module) is type(other), name
+        assert not type(module).__module__.startswith('liera_mm')
+        assert vars(module).keys() == vars(other).keys(), name
+        assert module._parameters.keys() == other._parameters.keys() and module._buffers.keys() == other._buffers.keys()
+    assert len([*ours.modules()]) == len([*theirs.modules()])
+
+
+@pytest.mark.parametrize('liera', [LIERA, dict(LIERA, update='exp', method='dora', train_norm=True), None],
+                         ids=['taylor', 'exp', 'frozen'])
+@pytest.mark.parametrize('merged', [False, True], ids=['unmerged', 'merged'])
+def test_merge_and_unload(case, picture, perturb, liera, merged):
+    model = perturb(build(dict(case[1], liera=liera))).eval()
+    expected, plain = model(picture), liera_mm.export(model)
+    frozen = [key for key, p in model.named_parameters() if not p.requires_grad and '.adapter.' not in key]
+    if merged:
+        liera_mm.merge(model)
+    assert liera_mm.merge_and_unload(model) is model
+    stock = build(case[2])
+    stock.eval()
+    assert_plain(model, stock)
+    state = model.state_dict()
+    assert list(state) == list(stock.state_dict()) == list(plain)
+    assert all(torch.equal(state[key], plain[key]) for key in plain)
+    for a, b in zip(model(picture), expected):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert [key for key, p in model.named_parameters() if not p.requires_grad] == frozen
+    stock.load_state_dict(pickle.loads(pickle.dumps(model)).state_dict())
+    liera_mm.adapt(model, rank=1)
+
+
+def test_merge_and_unload_of_a_detector(perturb):
+    model = nn.Sequential(build(dict(CASES['convnext-v2'][1], liera=LIERA)), build(dict(type='DeviceMaskPreprocessor')))
+    liera_mm.load_adapter(model[0], liera_mm.adapter_state_dict(perturb(model)[0]), 'cats')
+    assert_plain(liera_mm.merge_and_unload(model), nn.Sequential(build(CASES['convnext-v2'][2]),
+                                                                 build(dict(type='DetDataPreprocessor'))))
