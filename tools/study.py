@@ -241,7 +241,8 @@ class Pool:
 
     def outcome(self, run: Run) -> str:
         if run in self.failed:
-            return f'failed: {self.failed[run].strip().splitlines()[-1]:.200}'
+            error = self.failed[run]  # the text of a traceback, whose error may go on after its line
+            return f'failed: {(re.findall(r"^[A-Za-z_.]+: .*", error, re.MULTILINE) or [error])[-1]:.200}'
         result = json.loads(result_file(self.args.out, run).read_text())
         return f'bbox mAP {result["metrics"][METRIC]:.3f} ({result["seconds"]:.0f} s)'
 
