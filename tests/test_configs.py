@@ -58,10 +58,14 @@ def variant(name):
     pattern = r'mask-rcnn_convnextv2-(?:b_(.*)|([lh]_.*)|mini_(.*)_digits|mini_pretrain_glyphs)'
     return re.fullmatch(pattern, name).expand(r'\1\2\3')
 
+TRANSFER = sorted(path.stem for path in (CONFIGS / 'transfer').glob('*.py'))
+MOBILENET = 2_223_872
+
 
 @functools.cache
 def read_once(name):
-    return Config.fromfile(CONFIGS / ('digits' if name in DIGITS else '') / f'{name}.py')
+    folder = 'digits' if name in DIGITS else 'transfer' if name in TRANSFER else ''
+    return Config.fromfile(CONFIGS / folder / f'{name}.py')
 
 
 def read(name):
@@ -206,3 +210,34 @@ def test_digits_schedule(name):
             cfg['model']['backbone'].pop(key, None)
         cfg.pop('custom_hooks')
     assert ours == reference
+
+
+@pytest.mark.parametrize('world', ['cells', 'trees'])
+def test_transfer(build, world):
+    """Full fine-tuning and LieRA differ in the backbone alone, which has all its pretrained layers in use."""
+    full, liera = (read(f'faster-rcnn_mobilenetv2_{kind}_{world}') for kind in ('full', 'liera'))
+    backbone = build(full).backbone
+    assert trainable(backbone) == MOBILENET and type(backbone).__name__ == 'MobileNetV2'
+    adapted = build(liera).backbone
+    adapters = {key for key, p in adapted.named_parameters() if p.requires_grad}
+    assert adapters and all('.adapter.' in key for key in adapters)
+    assert sum(p.numel() for p in adapted.parameters()) - trainable(adapted) == MOBILENET
+    assert {row.update for row in liera_mm.summary(adapted)} == {'taylor'} and len(liera_mm.summary(adapted)) == 52
+    assert backbone.norm_eval and adapted.norm_eval and adapted.out_indices == backbone.out_indices == (1, 2, 4, 7)
+    assert liera.custom_hooks == [dict(type='LieRAHook')] and full.custom_hooks == []
+    ours, reference = liera.to_dict(), full.to_dict()
+    for cfg in (ours, reference):
+        cfg.pop('custom_hooks')
+        cfg['model'].pop('backbone')
+    assert ours == reference
+
+
+def test_transfer_worlds_differ_in_data_and_classes_alone():
+    cells, trees = (read(f'faster-rcnn_mobilenetv2_liera_{world}').to_dict() for world in ('cells', 'trees'))
+    for cfg in (cells, trees):
+        assert len(cfg.pop('classes')) == cfg['model']['roi_head']['bbox_head'].pop('num_classes')
+        for key in ('data_root', 'val_evaluator', 'test_evaluator', *(f'{split}_dataloader' for split in (
+                'train', 'val', 'test'))):
+            cfg.pop(key)
+    assert cells == trees
+    assert {name.rpartition('_')[2] for name in TRANSFER} == {'cells', 'trees'} and len(TRANSFER) == 4

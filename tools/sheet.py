@@ -1,6 +1,7 @@
 """A picture of predictions beside the ground truth, for tools/demo.py and tools/study.py."""
 import pickle
 from pathlib import Path
+from typing import Optional
 
 import liera_mm  # noqa: F401  (before MMDetection, which may need the operators that liera_mm stands in for)
 
@@ -17,12 +18,14 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
 
-def to_sample(boxes: np.ndarray, labels: list, scores: np.ndarray, zoom: int, masks: np.ndarray = None) -> InstanceData:
-    """Instances of an image enlarged by ``zoom``: boxes (n, 4) in xyxy pixels, masks (n, h, w) if there are any."""
+def to_sample(boxes: np.ndarray, labels: list, zoom: int, masks: Optional[np.ndarray],
+              scores: Optional[np.ndarray] = None) -> InstanceData:
+    """Instances of an image enlarged by ``zoom``: boxes (n, 4) in xyxy pixels, masks (n, h, w)."""
     sample = InstanceData(
         bboxes=torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4) * zoom,
-        labels=torch.as_tensor(labels, dtype=torch.long),
-        scores=torch.as_tensor(scores))
+        labels=torch.as_tensor(labels, dtype=torch.long))
+    if scores is not None:
+        sample.scores = torch.as_tensor(scores)
     if masks is not None:
         masks = masks.repeat(zoom, 1).repeat(zoom, 2)
         sample.masks = BitmapMasks(masks, *masks.shape[1:])
@@ -60,9 +63,9 @@ def draw_sheet(predictions: Path, data_root: Path, out: Path, images: int = 9, c
         sample = DetDataSample(
             gt_instances=to_sample(
                 np.array([[x, y, x + w, y + h] for x, y, w, h in (a['bbox'] for a in truth)]),
-                [label_of[a['category_id']] for a in truth], np.ones(len(truth)), zoom, masks[0]),
+                [label_of[a['category_id']] for a in truth], zoom, masks[0]),
             pred_instances=to_sample(
-                found['bboxes'][keep], found['labels'][keep], found['scores'][keep], zoom, masks[1]))
+                found['bboxes'][keep], found['labels'][keep], zoom, masks[1], found['scores'][keep]))
         visualizer.add_datasample('', image, sample, pred_score_thr=0.5)
         tile = np.pad(visualizer.get_image(), ((36, 8), (0, 16), (0, 0)), constant_values=255)
         for left, text in ((0, 'ground truth'), (image.shape[1], 'predictions')):

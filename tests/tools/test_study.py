@@ -1,5 +1,4 @@
 """tools/study.py: every run is trained once, however often the script is stopped and called again."""
-import inspect
 import json
 import multiprocessing
 import os
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-import liera_mm
 from liera_mm.errors import SetupError
 
 ROOT = Path(__file__).parents[2]
@@ -152,8 +150,6 @@ def test_configs(world, method, monkeypatch):
     from mmengine.registry import MODELS, DefaultScope
     monkeypatch.chdir(ROOT)
     adapters = method in study.ADAPTERS
-    if 'scale' in (study.METHODS[method] or {}) and 'scale' not in inspect.signature(liera_mm.adapt).parameters:
-        pytest.skip('adapt() has no scale yet')
     run = Run(world, method, 3e-4, 4 if adapters else None, 16 if adapters else None, (), 5)
     cfg = study_run.config_of(run, 'elsewhere')
     assert cfg.optim_wrapper.optimizer.lr == 3e-4 and cfg.randomness.seed == 5
@@ -325,8 +321,8 @@ OPTIONS = ['--cfg-options', 'train_cfg.max_epochs=2', 'train_dataloader.batch_si
 
 def test_real_runs(call, tmp_path):
     """In one process after another; what they print goes to a file of their own, which is kept if wanted."""
-    printed = call('run', '--methods', 'lora', 'biases', '--keep', *OPTIONS)
-    for name in ('lora', 'biases'):
+    printed = call('run', '--methods', 'liera', 'biases', '--keep', *OPTIONS)
+    for name in ('liera', 'biases'):
         file, = tmp_path.glob(f'results/digits/{name}_*.json')
         result = json.loads(file.read_text())
         assert f'{result["metrics"]["coco/bbox_mAP"]:.3f}' in printed and 'coco/segm_mAP_50' in result['metrics']
@@ -334,8 +330,8 @@ def test_real_runs(call, tmp_path):
         output, = tmp_path.glob(f'runs/digits/{name}_*/output.txt')
         assert 'Saving checkpoint at 2 epochs' in output.read_text() and 'Epoch(val)' in output.read_text()
     assert result['trained'] < 20_000
-    assert '.jpg' in call('sheet', '--methods', 'lora', '--images', '2', *OPTIONS)
-    sheet, = tmp_path.glob('sheet_digits_lora_*.jpg')
+    assert '.jpg' in call('sheet', '--methods', 'liera', '--images', '2', *OPTIONS)
+    sheet, = tmp_path.glob('sheet_digits_liera_*.jpg')
     assert sheet.stat().st_size > 10_000
     with pytest.raises(SetupError, match='no checkpoint of these runs'):
         call('sheet', '--methods', 'frozen', *OPTIONS)
