@@ -402,29 +402,30 @@ def saved_and_loaded(layer):
     return torch.load(buffer, weights_only=False)
 
 
-@pytest.mark.parametrize('merged', [False, True], ids=['unmerged', 'merged'])
-@pytest.mark.parametrize('clone', [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer)), saved_and_loaded],
-                         ids=['deepcopy', 'pickle', 'torch.save'])
-@all_cases()
-def test_copies(case, clone, merged):
-    if merged:
-        merge(case.layer)
-    expected = case.layer(case.x)
-    twin = clone(case.layer)
-    assert type(twin) is type(case.layer)
-    assert isinstance(twin, type(case.base))
-    assert twin.extra_repr() == case.base.extra_repr()
-    assert twin.merged == merged
-    assert_same(twin.state_dict(), case.layer.state_dict())
-    assert torch.equal(twin(case.x), expected)
-    assert [p.requires_grad for p in twin.parameters()] == [p.requires_grad for p in case.layer.parameters()]
+CLONES = {'deepcopy': copy.deepcopy, 'pickle': lambda layer: pickle.loads(pickle.dumps(layer)), 'torch.save': saved_and_loaded}
 
-    # Nothing is shared: training the copy leaves the layer alone
-    train(unmerge(twin))
-    nn.init.normal_(twin.weight)
-    assert not torch.equal(twin(case.x), expected)
-    assert torch.equal(case.layer(case.x), expected)
-    assert torch.equal(unmerge(case.layer).weight, case.base.weight)
+
+@all_cases()
+def test_copies(case):
+    for clone, merged in itertools.product(CLONES.values(), (False, True)):
+        if merged:
+            merge(case.layer)
+        expected = case.layer(case.x)
+        twin = clone(case.layer)
+        assert type(twin) is type(case.layer)
+        assert isinstance(twin, type(case.base))
+        assert twin.extra_repr() == case.base.extra_repr()
+        assert twin.merged == merged
+        assert_same(twin.state_dict(), case.layer.state_dict())
+        assert torch.equal(twin(case.x), expected)
+        assert [p.requires_grad for p in twin.parameters()] == [p.requires_grad for p in case.layer.parameters()]
+
+        # Nothing is shared: training the copy leaves the layer alone
+        train(unmerge(twin))
+        nn.init.normal_(twin.weight)
+        assert not torch.equal(twin(case.x), expected)
+        assert torch.equal(case.layer(case.x), expected)
+        assert torch.equal(unmerge(case.layer).weight, case.base.weight)
 
 
 # Precision and devices
