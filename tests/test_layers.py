@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmcv.cnn.bricks import wrappers
+from mmengine.utils import digit_version
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -402,7 +403,11 @@ def saved_and_loaded(layer):
     return torch.load(buffer, weights_only=False)
 
 
-CLONES = {'deepcopy': copy.deepcopy, 'pickle': lambda layer: pickle.loads(pickle.dumps(layer)), 'torch.save': saved_and_loaded}
+CLONES = {
+    'deepcopy': copy.deepcopy,
+    'pickle': lambda layer: pickle.loads(pickle.dumps(layer)),
+    'torch.save': saved_and_loaded,
+}
 
 
 @all_cases()
@@ -433,7 +438,9 @@ def test_copies(case):
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64], ids=str)
 @all_cases()
-def test_other_precisions(case, dtype):
+def test_other_precisions(case, kind, dtype):
+    if (kind, dtype) == ('reflect', torch.float16) and digit_version(torch.__version__) < digit_version('2.6'):
+        pytest.skip('before torch 2.6, reflection_pad2d knows no half precision on the CPU')
     layer, x = case.layer.to(dtype), case.x.to(dtype)
     case.base.to(dtype)
     output = layer(x)
