@@ -1,8 +1,11 @@
 """What several test files share: a small network with every kind of layer, and a way to train it without training."""
 import os
+import random
 
 if 'PYTEST_XDIST_WORKER' in os.environ:
     os.environ.setdefault('OMP_NUM_THREADS', '1')  # read when torch is imported: the workers would wait for each other
+else:  # the workers have to agree on the names of tests, some of which list a set
+    os.environ.setdefault('PYTHONHASHSEED', str(random.randrange(2**32)))
 
 import pytest
 import torch
