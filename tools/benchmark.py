@@ -22,6 +22,9 @@ from liera_mm.models import DeviceMaskPreprocessor, LieRAConvNeXt
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torchvision
+from mmcv.ops import sigmoid_focal_loss
+from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction, multi_scale_deformable_attn_pytorch
 from mmdet.structures import DetDataSample
 from mmdet.structures.mask import BitmapMasks
 from mmengine.config import Config
@@ -403,6 +406,40 @@ def kernels(names: List[str], arch: str, rank: int, images: int, size: int) -> D
     return result
 
 
+def operator_calls(images: int, size: int, dtype: torch.dtype,
+                   device: str) -> Dict[str, Tuple[List[Tensor], Callable[..., Tensor], Callable[..., Tensor]]]:
+    """Inputs for mmcv's operators, what these are here, and what torch or torchvision has.
+
+    The logits of RetinaNet's anchors, and an encoder layer of Deformable DETR, on images of this size.
+    """
+    anchors = images * 9 * sum((size // stride)**2 for stride in (8, 16, 32, 64, 128))
+    logits = torch.randn(anchors, 80, device=device, dtype=dtype, requires_grad=True)
+    target = torch.randint(0, 81, (anchors, ), device=device)
+    one_hot = nn.functional.one_hot(target, 81)[:, :80].to(dtype)
+    shapes = [(size // stride, size // stride) for stride in (8, 16, 32, 64)]
+    sizes = torch.tensor(shapes, device=device)
+    starts, keys = sizes.prod(1).cumsum(0) - sizes.prod(1), sum(height * width for height, width in shapes)
+    attention = [torch.rand(images, keys, 8, *rest, device=device, dtype=dtype, requires_grad=True)
+                 for rest in ((32, ), (4, 4, 2), (4, 4))]  # values, where to look, and with what weights
+    return {
+        'sigmoid_focal_loss': ([logits], lambda x: sigmoid_focal_loss(x, target, 2., .25, None, 'sum'),
+                               lambda x: torchvision.ops.sigmoid_focal_loss(x, one_hot, .25, 2., 'sum')),
+        'ms_deform_attn': (attention,
+                           lambda value, *rest: MultiScaleDeformableAttnFunction.apply(value, sizes, starts, *rest, 64),
+                           lambda value, *rest: multi_scale_deformable_attn_pytorch(value, shapes, *rest)),
+    }
+
+
+def operators(images: int, size: int) -> Dict[str, List[float]]:
+    """Milliseconds, forward and backward, of mmcv's operators as they are here, and of torch's or torchvision's."""
+    result = {}
+    for dtype in (torch.float32, torch.float16):
+        for name, (inputs, *calls) in operator_calls(images, size, dtype, 'cuda').items():
+            result[f'{name}, {str(dtype)[6:]}'] = [1000 * _seconds(
+                lambda call=call, inputs=inputs: torch.autograd.grad(call(*inputs).sum(), inputs)) for call in calls]
+    return result
+
+
 def draw_steps(rows: List[Dict[str, Any]], path: Path) -> None:
     """Bars of the parts of a step, with the peak of the memory behind them."""
     figure, axes = plt.subplots(figsize=(10, .45 * len(rows) + 1.2), layout='constrained')
@@ -448,6 +485,8 @@ def main() -> None:
                          help='time steps with single settings changed instead, fed from this folder in the layout of COCO')
     instead.add_argument('--inference', action='store_true', help='time the forward pass, unadapted and merged, instead')
     instead.add_argument('--kernels', action='store_true', help='where the time of a step on the card goes, instead')
+    instead.add_argument('--operators', action='store_true',
+                         help="time mmcv's operators as they are here, and what torch or torchvision has, instead")
     instead.add_argument('--trajectory', type=int, metavar='STEPS', help='train each variant on the same data instead')
     args = parser.parse_args()
     args.variants = args.variants or list(SETTINGS if args.settings else VARIANTS)
@@ -477,6 +516,10 @@ def main() -> None:
             times = sorted(((ms, count, key) for key, (ms, count) in result[name].items()), reverse=True)
             print(f'{name}: {sum(ms for ms, *_ in times):.1f} ms on the card')
             print('\n'.join(f'{ms:8.2f} ms {count:6.0f} x {key:.100}' for ms, count, key in times[:25]))
+    elif args.operators:
+        result, draw = operators(args.images, args.size), None
+        for name, (ours, native) in result.items():
+            print(f'{name:28}{ours:8.2f} ms, torch and torchvision {native:8.2f} ms, ratio {ours / native:.2f}')
     elif args.trajectory:
         result, draw = trajectories(args.variants, **problem, steps=args.trajectory), draw_losses
         first = result[args.variants[0]]

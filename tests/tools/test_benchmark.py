@@ -128,3 +128,10 @@ def test_says_what_it_needs(monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['benchmark.py'])
     with pytest.raises(SystemExit, match='needs a CUDA device'):
         benchmark.main()
+
+
+@pytest.mark.parametrize('name', ['sigmoid_focal_loss', 'ms_deform_attn'])
+def test_operators_are_compared_with_what_computes_the_same(name):
+    inputs, ours, native = benchmark.operator_calls(1, 64, torch.float64, 'cpu')[name]
+    for a, b in zip(*([call(*inputs), *torch.autograd.grad(call(*inputs).sum(), inputs)] for call in (ours, native))):
+        torch.testing.assert_close(a, b)
