@@ -191,6 +191,11 @@ def match_layers(layers: Dict[str, nn.Module], targets: Sequence[str]) -> List[s
     return [name for name in layers if name in matched]
 
 
+def _named(layers: Dict[str, nn.Module], targets: Sequence[str]) -> Set[str]:
+    patterns = [target for target in targets if target not in KINDS]
+    return set(match_layers(layers, patterns)) if patterns else set()
+
+
 def select(model: nn.Module, option: str, patterns: Sequence[str]) -> Set[str]:
     """Names of the modules and parameters that any of the patterns matches, and of all in them.
 
@@ -223,6 +228,11 @@ def intended_parameters(model: nn.Module) -> Set[str]:
     for prefix, layer in adapted_layers(model):
         names.update(_key(prefix, f'adapter.{name}') for name, _ in layer.adapter.named_parameters())
     return names
+
+
+def named_layers(model: nn.Module) -> Set[str]:
+    """Names of the layers that a target of an adapted model names, rather than their kind."""
+    return _named(dict(model.named_modules()), model.liera['targets'])
 
 
 def trained_in_place(model: nn.Module) -> Set[str]:
@@ -459,12 +469,6 @@ def _check_layer(model: nn.Module, name: str, owners: Mapping[int, Sequence[str]
 def _is_zero(layer: nn.Module) -> bool:
     weight = layer._parameters['weight']
     return not weight.is_meta and not weight.any()
-
-
-def _named(layers: Dict[str, nn.Module], targets: Sequence[str]) -> Set[str]:
-    """Names of the layers that a target names, rather than their kind."""
-    patterns = [target for target in targets if target not in KINDS]
-    return set(match_layers(layers, patterns)) if patterns else set()
 
 
 def _count(layers: Dict[str, nn.Module], names: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ from mmengine.runner.base_loop import BaseLoop
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..adapt import merge, summary, unmerge
+from ..adapt import adapter_names, merge, summary, unmerge
 from ..errors import SetupError
 from ..models.pretrained import RECORD, decode_record, pretrained_backbones
 from ..report import range_report
@@ -49,6 +49,7 @@ class LieRAHook(Hook):
         self.random_states: Optional[List[Dict[str, Any]]] = None  # of all processes
         self.loaded_from: Dict[str, Tuple[Dict[str, Optional[str]], Set[str]]] = {}
         self.frozen: Dict[str, str] = {}
+        self.watch_gradients: Optional[invariants.GradientWatch] = None
         self.merged_groups: Dict[str, MergedGroups] = {}
 
     def before_run(self, runner: Runner) -> None:
@@ -75,7 +76,7 @@ class LieRAHook(Hook):
         model.train()  # as the loop will: here a backbone's own frozen_stages freezes what is in them, adapters too
         for name, backbone in backbones:
             backbone.check_base(f'{name} has frozen weights that were never loaded')
-            if hasattr(backbone, 'liera'):
+            if hasattr(backbone, 'liera') and not invariants.frozen_by_design(model, name):
                 invariants.check_trainable(name, backbone)
             if name in self.loaded_from and not backbone.base_in_place():
                 backbone.set_base(*self.loaded_from[name])
@@ -94,10 +95,14 @@ class LieRAHook(Hook):
         self._shard(runner)
         self._merge_groups(runner)
         self.frozen = invariants.frozen_digests(model)
-        invariants.watch_first_step(model, runner.optim_wrapper, runner.logger)
         self.watch_loss = invariants.LossWatch(model, runner.optim_wrapper)
+        self.watch_gradients = invariants.GradientWatch(model, runner.optim_wrapper)
+        invariants.watch_first_step(model, runner.optim_wrapper, runner.logger, self.watch_loss,
+                                    getattr(runner.model, 'find_unused_parameters', True))
 
     def after_train(self, runner: Runner) -> None:
+        self.watch_gradients.check()
+        self.watch_gradients.remove()
         self.watch_loss.remove()
         for groups in self.merged_groups.values():
             groups.remove()
@@ -115,6 +120,7 @@ class LieRAHook(Hook):
             set_random_state(self.random_states[get_rank()])
 
     def after_train_epoch(self, runner: Runner) -> None:
+        self.watch_gradients.check()
         # Validation comes next, and a resumed training does not repeat it. Only the first process saves checkpoints
         self.random_states = all_gather_object(random_state())
         model = _unwrap(runner.model)
@@ -134,6 +140,8 @@ class LieRAHook(Hook):
             step=runner.epoch + 1)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        if self.watch_gradients is not None:
+            self.watch_gradients.check()
         checkpoint['random_states'] = self.random_states
         states = checkpoint.get('param_schedulers')
         if isinstance(states, dict):
@@ -161,7 +169,7 @@ class LieRAHook(Hook):
                   'with; both are in its work_dir.')
         missing = sorted(ours.keys() - theirs.keys() - fetched)
         if missing:
-            adapters = sum('.adapter.' in name for name in missing)
+            adapters = len(_adapter_names(model).intersection(missing))
             raise SetupError(
                 f'the checkpoint lacks {len(missing)} tensors of this model ({adapters} of adapters), among them '
                 f'{", ".join(missing[:3])}.', remedy)
@@ -215,6 +223,10 @@ class LieRAHook(Hook):
             if given and not any(key.startswith(f'{name}.') for key in fetched):
                 source = dict(option='load_from', checkpoint=runner._load_from, prefix='module.' * wrapped + f'{name}.')
                 self.loaded_from[name] = (source, given)
+
+
+def _adapter_names(model: nn.Module) -> Set[str]:
+    return {f'{prefix}.{name}' for prefix, backbone in pretrained_backbones(model) for name in adapter_names(backbone)}
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

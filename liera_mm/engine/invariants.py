@@ -1,10 +1,12 @@
 """What must hold before and during every training of an adapted model; LieRAHook checks it.
 
-During training that costs one hash of 1024 values of each frozen tensor an epoch, one look at the gradients of the first
-step, and one look at the losses an iteration, before the optimizer's step.
+During training that costs one hash of 1024 values of each frozen tensor an epoch, one look at which gradients the first
+step has, and one look at the losses and one at the gradients an iteration, before the optimizer's step.
 """
+import contextlib
+import functools
 import logging
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
 from mmengine.dist import is_distributed
@@ -12,7 +14,7 @@ from mmengine.optim import OptimWrapper, OptimWrapperDict
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..adapt import adapted_layers, intended_parameters, some
+from ..adapt import adapted_layers, adapter_names, intended_parameters, named_layers, some
 from ..checkpoint import digest
 from ..errors import SetupError
 from ..group import MULTIPLICATIVE
@@ -35,7 +37,21 @@ def check_trainable(name: str, backbone: nn.Module) -> None:
             f'{name} would not train what its liera config says. Trains, but should be frozen: '
             f'{sorted(trained - intended) or "nothing"}. Should train, but is frozen: '
             f'{sorted(intended - trained) or "nothing"}',
-            'Leave requires_grad of the backbone alone: no frozen_stages, no hook that freezes or unfreezes it')
+            "Leave requires_grad of the backbone alone: no hook that freezes or unfreezes it; what shall not train is for "
+            "exclude=[...], what shall train whole for train=[...] in liera=dict(...)")
+
+
+def frozen_by_design(model: nn.Module, name: str) -> bool:
+    """Whether a backbone is in a part of the model of which nothing trains, as the teacher of a semi-supervised detector."""
+    parts = name.split('.')[:-1]
+    ancestors = [model.get_submodule('.'.join(parts[:i])) for i in range(1, len(parts) + 1)]
+    return any(not any(p.requires_grad for p in part.parameters()) for part in ancestors) and any(
+        p.requires_grad for p in model.parameters())
+
+
+def trained_backbones(model: nn.Module) -> List[Tuple[str, nn.Module]]:
+    """Name and backbone of those that are not frozen by design."""
+    return [(name, backbone) for name, backbone in pretrained_backbones(model) if not frozen_by_design(model, name)]
 
 
 def check_optimizer(model: nn.Module, optim_wrapper: Union[OptimWrapper, OptimWrapperDict]) -> None:
@@ -58,7 +74,8 @@ def check_finite(model: nn.Module) -> None:
 
 def check_movable(model: nn.Module) -> None:
     """Raise a SetupError if all of a layer's weight is zero, which no multiplicative update moves."""
-    zero = [name for name, layer in adapted_layers(model) if layer.update in MULTIPLICATIVE and not layer.weight.any()]
+    zero = [name for name, layer in adapted_layers(model)
+            if layer.update in MULTIPLICATIVE and not layer._parameters['weight'].any()]
     if zero:
         raise SetupError(
             f'{len(zero)} adapted layers have nothing but zeros for a weight, which no multiplicative update moves: '
@@ -81,13 +98,13 @@ def ranks_above_dimensions(model: nn.Module) -> List[str]:
 def frozen_digests(model: nn.Module) -> Dict[str, str]:
     """A hash of 1024 values of every frozen tensor of the backbones: their parameters, and what adapters keep fixed.
 
-    Of a sharded tensor, of 1024 values that this process holds.
+    Of a sharded tensor, of 1024 values that this process holds. Not of backbones that are frozen by design: teachers move.
     """
     digests = {}
-    for prefix, backbone in pretrained_backbones(model):
-        parameters = dict(backbone.named_parameters())
+    for prefix, backbone in trained_backbones(model):
+        parameters, adapters = dict(backbone.named_parameters()), adapter_names(backbone)
         for name, tensor in backbone.state_dict().items():
-            if not parameters[name].requires_grad if name in parameters else '.adapter.' in name:
+            if not parameters[name].requires_grad if name in parameters else name in adapters:
                 values = local(tensor).flatten()
                 digests[f'{prefix}.{name}'] = digest(values[::len(values) // SAMPLES | 1])
     return digests
@@ -104,13 +121,24 @@ def check_frozen(model: nn.Module, before: Dict[str, str]) -> None:
             'perturbations were trained on weights that are gone')
 
 
-def watch_first_step(model: nn.Module, optim_wrapper: Union[OptimWrapper, OptimWrapperDict],
-                     logger: logging.Logger) -> None:
-    """Have the gradients checked just before the first step of the optimizer.
+def watch_first_step(model: nn.Module,
+                     optim_wrapper: Union[OptimWrapper, OptimWrapperDict],
+                     logger: logging.Logger,
+                     losses: Optional['LossWatch'] = None,
+                     find_unused: bool = True) -> None:
+    """Have it checked just before the first step of the optimizer which tensors have a gradient.
 
-    It raises a SetupError if a frozen tensor has a gradient, or a trained one of a backbone has none; of the rest of the
-    detector it logs those that have none, for some detectors have parts that they don't use. Frozen tensors without a
-    gradient may be among the optimizer's: MMEngine puts them there, and no optimizer moves or decays them.
+    It raises a SetupError if a frozen tensor has a gradient, or if an adapter has none although the detector uses its layer,
+    or although ``targets`` name the layer. Other trained tensors without a gradient are logged, for detectors have parts
+    that they don't use. Frozen tensors without a gradient may be among the optimizer's: MMEngine puts them there, and no
+    optimizer moves or decays them.
+
+    Args:
+        model: The detector or classifier.
+        optim_wrapper: Its optimizers.
+        logger: Where to say what has no gradient.
+        losses: What has the inputs of the last forward pass. Without it, a layer without a gradient counts as used.
+        find_unused: Whether tensors may be without one; not with DistributedDataParallel's ``find_unused_parameters=False``.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -129,15 +157,44 @@ def watch_first_step(model: nn.Module, optim_wrapper: Union[OptimWrapper, OptimW
                              'Leave requires_grad of the backbone alone: no hook that unfreezes it')
         lacking = [name for name, has in have.items() if not has and name in trained]
         ours = [name for name in lacking if name.startswith(backbones)]
-        if ours:
+        _check_lacking(model, ours, losses)
+        if ours and not find_unused:
             raise SetupError(
-                f'{len(ours)} trained tensors of the backbone had no gradient in the first step: {some(ours)}',
-                'Choose targets whose output the detector uses; or look for a detach() or no_grad() behind these layers')
-        if lacking:
-            logger.warning(f'LieRA  {len(lacking)} trained tensors had no gradient in the first step: {some(lacking)}')
+                f'{len(ours)} trained tensors are of parts of the backbone that the detector does not use: {some(ours)}',
+                'Several processes need to know: set find_unused_parameters=True in the config, or leave these parts out '
+                'with exclude=[...] in liera=dict(...)')
+        if ours:
+            logger.warning(f'LieRA  the detector does not use parts of the backbone: {len(ours)} trained tensors of it had '
+                           f'no gradient in the first step, and stay as they are: {some(ours)}')
+        if len(lacking) > len(ours):
+            others = set(lacking) - set(ours)
+            logger.warning(f'LieRA  {len(others)} trained tensors had no gradient in the first step: {some(others)}')
+        if losses is not None and not pending:
+            losses.forget()
 
     for optimizer in _optimizers(optim_wrapper):
         optimizer.register_step_pre_hook(check)
+
+
+def _check_lacking(model: nn.Module, lacking: Sequence[str], losses: Optional['LossWatch']) -> None:
+    """Raise a SetupError if trained tensors without a gradient are those of a layer that is named, or that is in use."""
+    if not lacking:
+        return
+    adapters = {f'{name}.adapter.{key}': name for name, layer in adapted_layers(model)
+                for key, _ in layer.adapter.named_parameters()}
+    layers = {adapters[name] for name in lacking if name in adapters}
+    named = {f'{prefix}.{name}' for prefix, backbone in pretrained_backbones(model) if hasattr(backbone, 'liera')
+             for name in named_layers(backbone)} & layers
+    if named:
+        raise SetupError(f'{len(named)} layers that targets name had no gradient in the first step: {some(named)}',
+                         "Take them out of liera's targets: the detector does not use what they compute")
+    used = layers if losses is None else losses.in_use(layers)
+    ours = [name for name in lacking if adapters.get(name) in used]
+    if ours:
+        raise SetupError(
+            f'{len(ours)} trained tensors of the backbone had no gradient in the first step: {some(ours)}',
+            'The detector uses these layers, but computes with their frozen weight, or with a Δ that something detaches: '
+            "leave them out with exclude=[...] in liera=dict(...), or mend what reads them")
 
 
 class LossWatch:
@@ -152,6 +209,43 @@ class LossWatch:
         self.handles = [model.register_forward_pre_hook(self.check),
                         model.register_forward_hook(self.note, with_kwargs=True)]
         self.handles += [optimizer.register_step_pre_hook(self.check) for optimizer in _optimizers(optim_wrapper)]
+        self.optim_wrapper = optim_wrapper
+        self.last: Optional[Tuple[Any, ...]] = ()
+
+    def forget(self) -> None:
+        """Keep the inputs of forward passes no longer."""
+        self.last = None
+
+    def in_use(self, layers: Set[str]) -> Set[str]:
+        """Those of the adapted layers of that name whose output the last loss depends on: computed once more, merged."""
+        if not self.last:
+            return layers
+        model, args, kwargs = self.last
+        adapted = [(name, layer) for name, layer in adapted_layers(model) if name in layers]
+        weights = [layer._parameters['weight'] for _, layer in adapted]
+        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        wrapper = self.optim_wrapper
+        context = wrapper.optim_context(model) if isinstance(wrapper, OptimWrapper) else contextlib.nullcontext()
+        handles = dict(model._forward_hooks), dict(model._forward_pre_hooks)
+        for hooks in (model._forward_hooks, model._forward_pre_hooks):
+            hooks.clear()
+        for _, layer in adapted:
+            layer.merge()
+        try:
+            with torch.random.fork_rng(devices=_devices(weights)), context:
+                for weight in weights:
+                    weight.requires_grad_(True)
+                terms = [term.float().sum() for name, term in _terms(model(*args, **kwargs)) if term.requires_grad]
+                grads = torch.autograd.grad(sum(terms), weights, allow_unused=True)
+        finally:
+            for weight, (_, layer) in zip(weights, adapted):
+                weight.requires_grad_(False)
+                layer.unmerge()
+            for buffer, value in buffers:
+                buffer.copy_(value)
+            model._forward_hooks.update(handles[0])
+            model._forward_pre_hooks.update(handles[1])
+        return {name for (name, _), grad in zip(adapted, grads) if grad is not None}
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -161,9 +255,10 @@ class LossWatch:
         """Forward hook of a detector or classifier."""
         if not (model.training and isinstance(losses, dict)):
             return
+        if self.last is not None:
+            self.last = model, args, kwargs
         terms = [(name, term.detach().float().mean() if term.dim() else term.detach().float())
-                 for name, value in losses.items() if 'loss' in name
-                 for term in ([value] if isinstance(value, Tensor) else value)]
+                 for name, term in _terms(losses)]
         finite, event = torch.stack([term for _, term in terms]).isfinite().to('cpu', non_blocking=True), None
         if terms[0][1].is_cuda:
             event = torch.cuda.Event()
@@ -183,6 +278,83 @@ class LossWatch:
             f'The loss is not finite ({", ".join(names)}): {_where(model, args, kwargs)}',
             'The last checkpoint is intact: continue from it (--resume) with a smaller learning rate or alpha, or with '
             'optim_wrapper.clip_grad')
+
+
+class GradientWatch:
+    """Stops a training before a weight has moved by a gradient that is not finite, and names the layer.
+
+    The gradients are looked at before they are clipped, by a few operations for all of them. On a GPU the answer comes while
+    the step is launched, and the host does not wait for it, unless clipping did: where it is not known yet, a gradient that
+    turns out not to be finite is replaced by zeros on the GPU, and the next step, or :meth:`check`, raises the error. Under
+    a GradScaler, which skips such steps itself, there is nothing to do.
+    """
+
+    def __init__(self, model: nn.Module, optim_wrapper: Union[OptimWrapper, OptimWrapperDict]):
+        self.names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.noted: Optional[Tuple[List[str], Tensor, Any]] = None
+        self.wrappers = [wrapper for wrapper in _wrappers(optim_wrapper)
+                         if not (hasattr(wrapper, 'loss_scaler') and wrapper.loss_scaler.is_enabled())]
+        self.handles = [wrapper.optimizer.register_step_pre_hook(self.guard) for wrapper in self.wrappers]
+        self.steps = [functools.partial(self._step, wrapper, wrapper.step) for wrapper in self.wrappers]
+        for wrapper, step in zip(self.wrappers, self.steps):
+            wrapper.step = step
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        for wrapper, step in zip(self.wrappers, self.steps):
+            if wrapper.step is step:  # and nobody else has replaced it since
+                wrapper.step = step.args[1]
+
+    def _step(self, wrapper: OptimWrapper, step: Callable[..., None], **kwargs: Any) -> None:
+        self.check()  # known by now
+        parameters = [p for group in wrapper.optimizer.param_groups for p in group['params'] if p.grad is not None]
+        self.grads = [local(p.grad) for p in parameters]
+        if self.grads:
+            # The largest absolute value, for a sum of squares can overflow
+            largest = torch.stack([norm.float() for norm in torch._foreach_norm(self.grads, float('inf'))])
+            self.finite, event = largest.isfinite(), None
+            on_host = self.finite.to('cpu', non_blocking=True)
+            if largest.is_cuda:
+                event = torch.cuda.Event()
+                event.record()
+            self.noted = [self.names.get(id(p), 'a parameter') for p in parameters], on_host, event
+        step(**kwargs)
+
+    def guard(self, *_: Any) -> None:
+        """Hook of the optimizers, right before their step."""
+        if self.noted is None:
+            return
+        event = self.noted[2]
+        if event is None or event.query():
+            self.check()
+            return
+        broken = ~self.finite.all()
+        for grad in self.grads:
+            grad.masked_fill_(broken, 0)
+        self.grads = []  # which would stay in memory
+
+    def check(self) -> None:
+        """Raise a SetupError if the gradients of the last step were not finite; on a GPU, wait for them."""
+        if self.noted is None:
+            return
+        (names, finite, event), self.noted, self.grads = self.noted, None, []
+        if event is not None:
+            event.synchronize()
+        if finite.all():
+            return
+        broken = [name for name, ok in zip(names, finite.tolist()) if not ok]
+        # A gradient that is not finite makes those of all layers before it so
+        raise SetupError(
+            f'The gradient of {broken[-1]} is not finite, nor that of {len(broken) - 1} other tensors, though the loss is',
+            'The last checkpoint is intact: continue from it (--resume) with a smaller learning rate or alpha, or take out '
+            'what has no finite derivative there')
+
+
+def _terms(losses: Dict[str, Any]) -> List[Tuple[str, Tensor]]:
+    """Name and tensor of every loss that a model returned."""
+    return [(name, term) for name, value in losses.items() if 'loss' in name
+            for term in ([value] if isinstance(value, Tensor) else value)]
 
 
 @torch.no_grad()
@@ -229,6 +401,13 @@ def _not_finite(model: nn.Module) -> List[str]:
             if tensor.is_floating_point() and not local(tensor).isfinite().all()]
 
 
+def _wrappers(optim_wrapper: Union[OptimWrapper, OptimWrapperDict]) -> List[OptimWrapper]:
+    return [optim_wrapper] if isinstance(optim_wrapper, OptimWrapper) else list(optim_wrapper.values())
+
+
 def _optimizers(optim_wrapper: Union[OptimWrapper, OptimWrapperDict]) -> List[Optimizer]:
-    wrappers = [optim_wrapper] if isinstance(optim_wrapper, OptimWrapper) else optim_wrapper.values()
-    return [wrapper.optimizer for wrapper in wrappers]
+    return [wrapper.optimizer for wrapper in _wrappers(optim_wrapper)]
+
+
+def _devices(tensors: Sequence[Tensor]) -> List[torch.device]:
+    return list({tensor.device for tensor in tensors if tensor.is_cuda})

@@ -1,27 +1,36 @@
 """Any backbone with adapted layers, for MMEngine's registry."""
 import functools
 import inspect
+import logging
 from typing import Any, Dict, Optional, Type
 
+from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import nn
 
-from ..adapt import adapt, check_choice
+from ..adapt import adapt, check_choice, logger
 from ..errors import SetupError
-from .pretrained import PretrainedBackbone
+from .pretrained import PretrainedBackbone, note_loaded
 
 
 @MODELS.register_module()
-def LieRABackbone(backbone: Dict[str, Any], liera: Optional[Dict[str, Any]] = None) -> nn.Module:
+def LieRABackbone(backbone: Dict[str, Any], liera: Optional[Dict[str, Any]] = None, **kwargs: Any) -> nn.Module:
     """Any registered backbone, frozen and adapted.
 
     Args:
         backbone: Config of the backbone, of any OpenMMLab package (``type='mmpretrain.ConvNeXt'``).
         liera: Arguments of :func:`liera_mm.adapt`; None for a backbone that is frozen and nothing else.
+        **kwargs: ``init_cfg`` in the place of the backbone's, since scripts set it there (``model.backbone.init_cfg=None``).
 
     Returns:
         The backbone itself, an instance of a subclass of its class.
     """
+    unknown = [name for name in kwargs if name != 'init_cfg']
+    if unknown:
+        raise SetupError(f'LieRABackbone has no {", ".join(unknown)}; it has backbone, liera and init_cfg',
+                         'Add _delete_=True to its dict if they are of a base config; else give them to the backbone in it: '
+                         f'model.backbone.backbone.{unknown[0]}=VALUE')
+    backbone = {**backbone, **kwargs}
     model = MODELS.build(backbone)
     if not isinstance(model, PretrainedBackbone):
         model.__class__ = _pretrained_class(type(model))
@@ -38,6 +47,9 @@ def adapt_or_freeze(model: nn.Module, liera: Optional[Dict[str, Any]]) -> None:
     Raises:
         SetupError: If adapt() refuses them, or has no argument of that name.
     """
+    model.register_load_state_dict_post_hook(note_loaded)
+    super(PretrainedBackbone, model).train(model.training)  # where some freeze their stages for the first time
+    frozen_by_itself = any(not parameter.requires_grad for parameter in model.parameters())
     if liera is None:
         model.requires_grad_(False)
         return
@@ -48,6 +60,21 @@ def adapt_or_freeze(model: nn.Module, liera: Optional[Dict[str, Any]]) -> None:
     except (ValueError, TypeError) as error:
         raise SetupError(f'The backbone cannot be adapted as its liera=dict(...) says: {error}',
                          'Correct it in the config, or with --cfg-options model.backbone.liera.NAME=VALUE') from None
+    stages = getattr(model, 'frozen_stages', -1)
+    if frozen_by_itself and isinstance(stages, int) and stages >= 0:
+        logger.info(f'LieRA  frozen_stages={stages} of {type(model).__name__} is superseded: adapters train in every stage. '
+                    'It still says in which stages batch norms keep their statistics')
+
+
+class _ToMMEngine(logging.Handler):
+    """Passes what the core says on to MMEngine's log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print_log(self.format(record), 'current', record.levelno)
+
+
+logger.setLevel(logging.INFO)
+logger.addHandler(_ToMMEngine())
 
 
 @functools.cache

@@ -1,4 +1,5 @@
 """Backbones whose frozen weights must come from somewhere, and loaders for where they come from."""
+import contextlib
 import json
 import re
 from importlib import resources
@@ -11,7 +12,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..adapt import BEFORE, some, without_adapters
+from ..adapt import BEFORE, adapter_names, intended_parameters, is_norm, layer_kind, some, unmerge, without_adapters
 from ..checkpoint import differences, digest
 from ..errors import SetupError
 from ..version import __version__
@@ -57,7 +58,7 @@ class PretrainedBackbone:
         Raises:
             SetupError: If there are pretrained weights, and one of the frozen tensors is not among them.
         """
-        with without_adapters(self):
+        with without_adapters(self), _same_flags(self):
             super().init_weights()
         source = self._configured_source()
         if source is not None:
@@ -66,8 +67,8 @@ class PretrainedBackbone:
 
     def set_base(self, source: Dict[str, Optional[str]], names: Set[str]) -> None:
         """Remember that the frozen tensors of those names came from that source; see :class:`Base`."""
-        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
-        state = self.state_dict()
+        state, trained = self.state_dict(), self._trained()
+        frozen = {name for name, _ in self.named_parameters() if name not in trained}
         self.base = Base(source, {name: digest(state[name]) for name in state if name in frozen & names})
 
     def base_in_place(self) -> bool:
@@ -99,17 +100,31 @@ class PretrainedBackbone:
 
     def check_base(self, what: str) -> None:
         """Raise a SetupError that begins with ``what`` if a frozen weight or a norm's statistics were never loaded."""
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        missing = [
-            name for name, tensor in self.state_dict().items()
-            if tensor.is_floating_point() and name not in trained and name not in self.loaded
-            and '.adapter.' not in name and not OUTPUT_NORM.fullmatch(name)
-        ]
+        known = self._trained() | self.loaded | adapter_names(self)
+        missing = [name for name, tensor in self.state_dict().items()
+                   if tensor.is_floating_point() and name not in known and not self._needs_no_loading(name)]
         if missing:
             raise SetupError(
                 f'{what}: {len(missing)} frozen tensors would stay random, among them {", ".join(missing[:3])}.',
                 "Check the backbone's arch and the checkpoint and prefix of its init_cfg=dict(type='Pretrained', ...), or "
                 'give a whole checkpoint as load_from.')
+
+    def _needs_no_loading(self, name: str) -> bool:
+        """Whether a frozen tensor that was not loaded is what it should be all the same, rather than random."""
+        prefix, _, leaf = name.rpartition('.')
+        module, trained = self.get_submodule(prefix), self._trained()
+        if leaf in module._buffers:  # is computed, but for the statistics of norms; those of new norms begin with these
+            new = f'{prefix}.weight' not in self.loaded and any(f'{prefix}.{key}' in trained for key in module._parameters)
+            return new or not is_norm(module)
+        parameters = module._parameters
+        # A layer is zero by design, such as the offsets of a deformable convolution; or it has another such tensor
+        if layer_kind(module) is not None and parameters.get('weight') is not None and (
+                not parameters['weight'].any() or leaf != 'bias' and not parameters[leaf].any()):
+            return True
+        return bool(OUTPUT_NORM.fullmatch(name))
+
+    def _trained(self) -> Set[str]:
+        return intended_parameters(self) if hasattr(self, 'liera') else set()
 
     @property
     def units(self) -> Iterable[nn.Module]:
@@ -117,7 +132,8 @@ class PretrainedBackbone:
         return [self]
 
     def train(self, mode: bool = True) -> 'PretrainedBackbone':
-        super().train(mode)  # that of mmdet's and mmpretrain's backbones returns None
+        with _same_flags(self):  # a backbone's own frozen_stages would freeze the adapters in them
+            super().train(mode)  # that of mmdet's and mmpretrain's backbones returns None
         return self
 
     def _load_from_state_dict(self, state_dict: Dict[str, Tensor], prefix: str, *args, **kwargs) -> None:
@@ -133,9 +149,9 @@ class PretrainedBackbone:
             if theirs is None:
                 continue
             if {theirs.dim(), ours.dim()} == {2, 4} and theirs.numel() == ours.numel():
-                theirs = state_dict[prefix + name] = theirs.reshape(ours.shape)  # Linear and 1x1 forms of one layer
-            if theirs.shape == ours.shape:
-                self.loaded = self.loaded | {name}
+                state_dict[prefix + name] = theirs.reshape(ours.shape)  # Linear and 1x1 forms of one layer
+        unmerge(self)
+        self.versions = _versions(self)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _settings(self) -> Optional[Dict[str, Any]]:
@@ -145,7 +161,7 @@ class PretrainedBackbone:
     def _configured_source(self) -> Optional[Dict[str, Optional[str]]]:
         init_cfgs = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg or {}]
         return next((dict(option='init_cfg', checkpoint=cfg['checkpoint'], prefix=cfg.get('prefix'))
-                     for cfg in init_cfgs if cfg.get('type') == 'Pretrained'), None)
+                     for cfg in init_cfgs if cfg.get('checkpoint')), None)
 
     def _fetch_base(self, recorded: Dict[str, Optional[str]], fingerprint: Dict[str, str]) -> None:
         """Have the frozen weights that a checkpoint was trained on: those in place, or loaded as they were for training.
@@ -192,11 +208,39 @@ class PretrainedBackbone:
                 PretrainedInit(**cfg)(self)
             else:  # converts the weights in its own way
                 self.init_cfg, self.is_init = ConfigDict(type='Pretrained', **cfg), False
-                initialise()
+                with _same_flags(self):
+                    initialise()
 
     def _other_tensors(self, fingerprint: Dict[str, str]) -> Set[str]:
         ours = self.state_dict()
         return {name for name, value in fingerprint.items() if name not in ours or digest(ours[name]) != value}
+
+
+def note_loaded(backbone: PretrainedBackbone, *_: Any) -> None:
+    """Hook that runs when a state dict has been loaded: tensors that it was copied to are loaded.
+
+    What the state dict had does not tell, since modules resize, rename and drop tensors while they load.
+    """
+    before = vars(backbone).pop('versions', {})
+    backbone.loaded = backbone.loaded | {name for name, version in _versions(backbone).items()
+                                         if before.get(name) != version}
+
+
+def _versions(module: nn.Module) -> Dict[str, Tuple[int, Optional[int]]]:
+    """What changes about every tensor of a state dict, by name, when something is copied to it, or put in its place."""
+    return {name: (id(tensor), None if tensor.is_inference() else tensor._version)
+            for name, tensor in module.state_dict(keep_vars=True).items()}
+
+
+@contextlib.contextmanager
+def _same_flags(module: nn.Module) -> Iterator[None]:
+    """A context that leaves ``requires_grad`` of every parameter as it was."""
+    flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def pretrained_backbones(model: nn.Module) -> Iterator[Tuple[str, PretrainedBackbone]]:
