@@ -461,7 +461,7 @@ def test_modules_that_are_called_adapter(perturb):
     """They are no adapters of ours, whatever their name."""
     base = nn.ModuleDict(dict(adapter=nn.Linear(2, 2), block=nn.ModuleDict(dict(adapter=nn.Linear(2, 2)))))
     model = adapt(copy.deepcopy(base), targets=['block.*'], rank=1)
-    assert adapter_names(model) == {'block.adapter.adapter.A', 'block.adapter.adapter.B'}
+    assert {name.rpartition('.')[0] for name in adapter_names(model)} == {'block.adapter.adapter'}
     assert set(fingerprint(model)) == {'adapter.weight', 'adapter.bias', 'block.adapter.weight', 'block.adapter.bias'}
     perturb(model)
     assert export(model).keys() == base.state_dict().keys()
@@ -777,7 +777,7 @@ def test_the_unit_is_that_of_the_weight_that_was_frozen_and_is_never_computed_ag
 def test_a_weight_without_a_unit(method, value):
     layer = nn.Sequential(nn.Linear(4, 4))
     nn.init.constant_(layer[0].weight, value)
-    adapt(layer, rank=2, method=method)
+    adapt(layer, rank=2, method=method, targets=['0'])
     assert torch.equal(layer[0].effective_weight(), layer[0].weight)
     layer[0].effective_weight().sum().backward()
     assert all(p.grad.isfinite().all() for p in layer[0].adapter.parameters())
