@@ -39,6 +39,9 @@ DETECTORS = {  # what it needs of mmcv: its config
 WITHOUT_A_GPU = {'modulated_deform_conv', 'deform_roi_pool', 'carafe', 'masked_conv', 'nms_match', 'masks on the device'}
 
 
+pytestmark = pytest.mark.skipif(not CONFIGS.exists(), reason='MMDetection was installed without its configs')
+
+
 def small(model):
     """The detector with an eighth of its backbone's channels, few queries and few proposals."""
     channels = model.backbone.get('base_channels', 64) // 8

@@ -238,10 +238,15 @@ def lanes(count, seed=0):
     return lines, rng.permutation(count).astype(np.float32)
 
 
+@pytest.fixture
+def line_nms():
+    return pytest.importorskip('mmcv.ops.line_nms', reason='the official mmcv has none').line_nms
+
+
 @fallback_only
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('top_k', [3, 100])
-def test_line_nms(top_k, device):
+def test_line_nms(line_nms, top_k, device):
     line_nms = pytest.importorskip('mmcv.ops.line_nms', reason='this mmcv has no line_nms').line_nms
     near_any = 0
     for seed in range(10):
@@ -270,7 +275,7 @@ def test_line_nms(top_k, device):
 
 
 @fallback_only
-def test_line_nms_of_no_lanes():
+def test_line_nms_of_no_lanes(line_nms):
     line_nms = pytest.importorskip('mmcv.ops.line_nms', reason='this mmcv has no line_nms').line_nms
     keep, count, parents = line_nms(torch.empty(0, 77), torch.empty(0), 50., 4)
     assert count == 0 and keep.shape == parents.shape == (0, )
