@@ -30,8 +30,7 @@ def LieRABackbone(backbone: Dict[str, Any], liera: Optional[Dict[str, Any]] = No
         raise SetupError(f'LieRABackbone has no {", ".join(unknown)}; it has backbone, liera and init_cfg',
                          'Add _delete_=True to its dict if they are of a base config; else give them to the backbone in it: '
                          f'model.backbone.backbone.{unknown[0]}=VALUE')
-    backbone = {**backbone, **kwargs}
-    model = MODELS.build(backbone)
+    model = MODELS.build({**backbone, **kwargs} if kwargs else backbone)
     if not isinstance(model, PretrainedBackbone):
         model.__class__ = _pretrained_class(type(model))
     adapt_or_freeze(model, liera)

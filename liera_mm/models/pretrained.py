@@ -3,12 +3,13 @@ import contextlib
 import json
 import re
 from importlib import resources
-from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
 import torch
 from mmengine.config import ConfigDict
 from mmengine.model import BaseModule, PretrainedInit
 from mmengine.runner.checkpoint import CheckpointLoader
+from mmpretrain.models.backbones import ConvNeXt
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -144,6 +145,11 @@ class PretrainedBackbone:
                 self._fetch_base(record['source'], record['fingerprint'])
                 ours = self.state_dict()
                 state_dict.update({prefix + name: ours[name] for name in record['fingerprint']})
+        model = state_dict.get(f'{prefix}model')
+        if isinstance(model, Mapping):  # where authors and timm have the weights, next to what they were trained with
+            state_dict.update({f'{prefix}{name}': tensor for name, tensor in state_dict.pop(f'{prefix}model').items()})
+        if isinstance(self, ConvNeXt):
+            convnext_names(state_dict, prefix)
         for name, ours in self.state_dict().items():
             theirs = state_dict.get(prefix + name)
             if theirs is None:
@@ -214,6 +220,45 @@ class PretrainedBackbone:
     def _other_tensors(self, fingerprint: Dict[str, str]) -> Set[str]:
         ours = self.state_dict()
         return {name for name, value in fingerprint.items() if name not in ours or digest(ours[name]) != value}
+
+
+# From the names of ConvNeXt's authors, and of timm, to mmpretrain's; in this order
+CONVNEXT_NAMES = [(re.compile(pattern), name) for pattern, name in (
+    (r'^encoder\.', ''),
+    (r'^stem[._]', 'downsample_layers.0.'),
+    (r'^stages[._](\d)\.downsample\.', r'downsample_layers.\1.'),
+    (r'^stages[._](\d)\.blocks\.', r'stages.\1.'),
+    (r'\.(dwconv|conv_dw)\.', '.depthwise_conv.'),
+    (r'\.(pwconv|mlp\.fc)([12])\.', r'.pointwise_conv\2.'),
+    (r'\.mlp\.grn\.weight$', '.grn.gamma'),
+    (r'\.mlp\.grn\.bias$', '.grn.beta'),
+    (r'\.(ln|linear)\.(weight|bias)$', r'.\2'),
+    (r'\.kernel$', '.weight'),
+    (r'^(head\.)?norm\.(weight|bias)$', r'norm3.\2'),
+)]
+
+
+def convnext_names(state_dict: Dict[str, Tensor], prefix: str) -> None:
+    """Give the tensors of ConvNeXt (v1 or v2) of its authors and of timm mmpretrain's names and shapes, in place.
+
+    That goes for the self-supervised checkpoints of v2 too, which hold sparse convolutions: kernels as (positions, in, out),
+    or (positions, channels) where depthwise, positions column by column.
+    """
+    if not any(re.search(r'\.(dwconv|conv_dw)\.', name) for name in state_dict if name.startswith(prefix)):
+        return
+    for name in [name for name in state_dict if name.startswith(prefix)]:
+        tensor, renamed = state_dict.pop(name), name[len(prefix):]
+        for pattern, replacement in CONVNEXT_NAMES:
+            renamed = pattern.sub(replacement, renamed)
+        if name.endswith('.kernel') and tensor.dim() == 3:
+            size = round(len(tensor)**.5)
+            tensor = tensor.permute(2, 1, 0).reshape(tensor.shape[2], tensor.shape[1], size, size).mT
+        elif name.endswith('.kernel') and tensor.dim() == 2 and 'depthwise' in renamed:
+            size = round(len(tensor)**.5)
+            tensor = tensor.T.reshape(-1, 1, size, size).mT
+        elif tensor.dim() > 1 and tensor.numel() == tensor.shape[-1]:  # GRN's parameters, and sparse biases
+            tensor = tensor.flatten()
+        state_dict[prefix + renamed] = tensor
 
 
 def note_loaded(backbone: PretrainedBackbone, *_: Any) -> None:

@@ -143,13 +143,108 @@ def test_trained_tensor_without_a_gradient(make_runner, options):
           'before_train', detach, **options)
 
 
+def log_of(runner):
+    log, = Path(runner.log_dir).glob('*.log')
+    return log.read_text()
+
+
+UNUSED = {'model.backbone.out_indices': [0, 1, 2], 'model.neck.in_channels': [24, 48, 96]}
+
+
+def test_part_of_the_backbone_that_the_detector_does_not_use(make_runner):
+    """Here the last stage; with train_norm its norms too. It stays as it is, and checkpoints go on."""
+    runner = make_runner(**UNUSED, **{'model.backbone.liera.train_norm': True})
+    weight = runner.model.backbone.stages[3][0].depthwise_conv.weight
+    runner.train()
+    assert 'LieRA  the detector does not use parts of the backbone: ' in log_of(runner)
+    assert not any(layer.adapter.B.any() for _, layer in adapted_layers(runner.model.backbone.stages[3]))
+    assert all(layer.adapter.B.any() for _, layer in adapted_layers(runner.model.backbone.stages[2]))
+    assert not weight.requires_grad and not any(layer.merged for _, layer in adapted_layers(runner.model))
+    resumed = make_runner(**UNUSED, **{'model.backbone.liera.train_norm': True}, resume=True,
+                          load_from=str(Path(runner.work_dir, 'epoch_1.pth')))
+    resumed.load_or_resume()
+
+
+def test_part_that_is_named_but_not_used(make_runner):
+    stops(r'\d+ layers that targets name had no gradient in the first step: backbone.stages.3', make_runner, 'before_train',
+          lambda runner: None, **UNUSED, **{'model.backbone.liera.targets': ['stages.*']})
+
+
+def test_part_that_is_not_used_among_several_processes(make_runner):
+    def replicate(runner):
+        runner.model.find_unused_parameters = False
+
+    stops('of parts of the backbone that the detector does not use: .*stages.3', make_runner, 'before_run', replicate,
+          **UNUSED)
+
+
+def spoil(runner):
+    layer = runner.model.backbone.stages[1][0].depthwise_conv
+    layer.adapter.B.register_hook(lambda grad: grad * float('nan'))
+
+
+@pytest.mark.parametrize('options', [
+    {},
+    {'optim_wrapper.clip_grad': dict(max_norm=1.)},
+    {'optim_wrapper.accumulative_counts': 2},
+], ids=['plain', 'clipped', 'accumulated'])
+def test_gradient_that_is_not_finite(make_runner, options):
+    runner = make_runner(**options)
+    runner.register_hook(Sabotage('before_train', spoil))
+    before = {name: p.detach().clone() for name, p in runner.model.named_parameters()}
+    with pytest.raises(SetupError, match=f'^The gradient of {TRAINED} is not finite, nor that of 0 other') as error:
+        runner.train()
+    assert len(str(error.value).splitlines()) == 2
+    if 'optim_wrapper.accumulative_counts' not in options:
+        trained = {name for name, p in runner.model.named_parameters() if p.requires_grad and name.startswith('backbone')}
+        now = dict(runner.model.named_parameters())
+        assert all(torch.equal(now[name], before[name]) for name in trained if name.endswith('.B'))
+    assert all(p.isfinite().all() for p in runner.model.parameters())
+    assert not [*Path(runner.work_dir).glob('*.pth')]
+
+
+def test_gradient_that_is_known_to_be_broken_only_after_the_step():
+    """As on a GPU, for which the host does not wait: the step is made with zeros, and what follows is refused."""
+    model = nn.Linear(2, 2)
+    wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=.1))
+    watch = invariants.GradientWatch(model, wrapper)
+    step = torch.optim.SGD.step
+
+    class Late:
+        def query(self):
+            return False
+
+        def synchronize(self):
+            pass
+
+    def later(*args):
+        names, finite, _ = watch.noted
+        watch.noted = names, finite, Late()
+
+    handle = wrapper.optimizer.register_step_pre_hook(later)
+    wrapper.optimizer._optimizer_step_pre_hooks.move_to_end(handle.id, last=False)
+    before = model.weight.clone()
+    model(torch.full((1, 2), float('nan'))).sum().backward()
+    wrapper.step()
+    assert torch.equal(model.weight, before)
+    with pytest.raises(SetupError, match='The gradient of '):
+        watch.check()
+    watch.remove()
+    assert wrapper.step.__func__ is OptimWrapper.step and torch.optim.SGD.step is step
+
+
+def test_gradients_under_a_scaler_are_its_own_affair():
+    wrapper = OptimWrapper(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=.1))
+    wrapper.loss_scaler = torch.amp.GradScaler('cpu', init_scale=2.)
+    assert not invariants.GradientWatch(nn.Linear(2, 2), wrapper).handles
+
+
 def test_part_of_the_head_without_a_gradient(make_runner):
     """Some detectors have parameters that they don't use."""
     runner = make_runner()
     runner.model.rpn_head.unused = nn.Linear(2, 2)
     runner.train()
-    log, = Path(runner.log_dir).glob('*.log')
-    text = log.read_text()
+    text = log_of(runner)
     assert '2 trained tensors had no gradient in the first step: rpn_head.unused.bias, rpn_head.unused.weight' in text
 
 

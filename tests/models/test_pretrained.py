@@ -10,8 +10,10 @@ import pytest
 import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import MMLogger
+from mmengine.model import PretrainedInit
 from mmengine.registry import MODELS, DefaultScope
 from safetensors.torch import save_file
+from torch import nn
 
 import liera_mm
 from liera_mm.algebra import root_mean_square
@@ -282,3 +284,164 @@ def test_a_shared_pretrained_file_may_be_loaded_twice(tmp_path):
     model.init_weights()
     assert all(torch.equal(a[name], b[name]) for a, b in zip(before, split(model)) for name in a)
     assert liera_mm.summary(model)
+
+
+# The names of others
+
+CONVNEXT_V1 = dict(CONVNEXT, layer_scale_init_value=.1, use_grn=False)
+
+
+def authors_form(state):
+    """A ConvNeXt as its authors publish it: their names, under the key ``model``, with a classifier."""
+    names = {'depthwise_conv': 'dwconv', 'pointwise_conv1': 'pwconv1', 'pointwise_conv2': 'pwconv2', 'norm3': 'norm'}
+    theirs = {}
+    for name, tensor in state.items():
+        if not re.match('norm[012]', name):
+            key = '.'.join(names.get(part, part) for part in name.split('.'))
+            theirs[key] = tensor[None, None, None] if 'grn' in key else tensor
+    return dict(model={**theirs, 'head.weight': torch.rand(10, 32), 'head.bias': torch.rand(10)})
+
+
+def timm_form(state):
+    theirs = {}
+    for name, tensor in state.items():
+        if re.match('norm[012]', name):
+            continue
+        parts = name.split('.')
+        if parts[0] == 'downsample_layers':
+            parts = ['stem' if parts[1] == '0' else f'stages.{parts[1]}.downsample', *parts[2:]]
+        elif parts[0] == 'stages':
+            rest = {'depthwise_conv': 'conv_dw', 'pointwise_conv1': 'mlp.fc1', 'pointwise_conv2': 'mlp.fc2',
+                    'grn': 'mlp.grn'}.get(parts[3], parts[3])
+            leaf = [{'gamma': 'weight', 'beta': 'bias'}.get(leaf, leaf) if rest == 'mlp.grn' else leaf for leaf in parts[4:]]
+            parts = ['stages', parts[1], 'blocks', parts[2], rest, *leaf]
+        theirs['.'.join(['head', 'norm', parts[1]] if parts[0] == 'norm3' else parts)] = tensor
+    return {**theirs, 'head.fc.weight': torch.rand(10, 32)}
+
+
+def timm_features_form(state):
+    return {re.sub(r'^(stem|stages)\.', r'\1_', name): tensor for name, tensor in timm_form(state).items()}
+
+
+def sparse_form(state):
+    """The self-supervised ConvNeXt-V2 of its authors, whose layers are MinkowskiEngine's."""
+    theirs = {}
+    for name, tensor in authors_form(state)['model'].items():
+        leaf = name.rpartition('.')[2]
+        if name.startswith('downsample_layers.0') or name.startswith(('head', 'norm')):
+            theirs[f'encoder.{name}'] = tensor
+        elif 'dwconv.weight' in name:
+            theirs[f'encoder.{name[:-6]}kernel'] = tensor[:, 0].mT.reshape(len(tensor), -1).T
+        elif re.match(r'downsample_layers.\d.1.weight', name):
+            theirs[f'encoder.{name[:-6]}kernel'] = tensor.mT.reshape(*tensor.shape[:2], -1).permute(2, 1, 0)
+        elif 'conv' in name and leaf == 'bias' and 'pwconv' not in name or re.match(r'downsample_layers.\d.1.bias', name):
+            theirs[f'encoder.{name}'] = tensor[None]
+        else:
+            layer = 'linear.' if 'pwconv' in name else 'ln.' if 'norm' in name or 'downsample' in name else ''
+            theirs[f'encoder.{name[:-len(leaf)]}{layer}{leaf}'] = tensor
+    return dict(model={**theirs, 'mask_token': torch.rand(1, 4), 'decoder.0.dwconv.weight': torch.rand(4, 1, 7, 7)})
+
+
+@pytest.mark.parametrize('around', [False, True], ids=['LieRAConvNeXt', 'LieRABackbone'])
+@pytest.mark.parametrize('form, cfg', [(form, cfg) for form in (authors_form, timm_form, timm_features_form)
+                                       for cfg in (CONVNEXT, CONVNEXT_V1)] + [(sparse_form, CONVNEXT)])
+def test_convnext_of_others(tmp_path, form, cfg, around):
+    state = random_state(cfg)
+    torch.save(form(state), tmp_path / 'base.pth')
+    if around:
+        init_cfg = ConfigDict(type='Pretrained', checkpoint=str(tmp_path / 'base.pth'))
+        with DefaultScope.overwrite_default_scope('mmdet'):
+            model = MODELS.build(dict(type='LieRABackbone', backbone=copy.deepcopy(cfg), liera=LIERA, init_cfg=init_cfg))
+    else:
+        model = build(cfg, tmp_path / 'base.pth')
+    model.init_weights()
+    norms = {name for name in state if re.match('norm[012]', name)}
+    assert_loaded(model, {name: t for name, t in state.items() if name not in norms}, but=norms)
+
+
+# What need not be loaded, and what must
+
+def around(backbone, **kwargs):
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        return MODELS.build(dict(type='LieRABackbone', backbone=copy.deepcopy(backbone), liera=LIERA, **kwargs))
+
+
+def test_init_cfg_of_the_outer_config(tmp_path):
+    """Scripts set it to None there."""
+    inner = dict(RESNET, init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'nowhere.pth')))
+    around(inner, init_cfg=None).init_weights()
+    with pytest.raises(FileNotFoundError):
+        around(inner).init_weights()
+    with pytest.raises(RuntimeError, match='LieRABackbone has no depth, base_channels; .*\n.*_delete_=True'):
+        around(inner, depth=18, base_channels=4)
+
+
+def test_a_checkpoint_without_a_type(tmp_path):
+    pvt = dict(type='mmdet.PyramidVisionTransformer', num_layers=[1, 1, 1, 1], embed_dims=8, convert_weights=False)
+    torch.save(random_state(pvt), tmp_path / 'base.pth')
+    model = around(dict(pvt, init_cfg=ConfigDict(checkpoint=str(tmp_path / 'base.pth'))))
+    model.init_weights()
+    assert model.base_in_place() and model.base.source['checkpoint'] == str(tmp_path / 'base.pth')
+
+
+def test_weights_that_are_resized_while_they_load(tmp_path):
+    vit = dict(type='mmpretrain.VisionTransformer', patch_size=16,
+               arch=dict(embed_dims=16, num_layers=1, num_heads=2, feedforward_channels=32))
+    small, large = dict(vit, img_size=64), dict(vit, img_size=96)
+    torch.save(random_state(small), tmp_path / 'base.pth')
+    model = around(large, init_cfg=ConfigDict(type='Pretrained', checkpoint=str(tmp_path / 'base.pth')))
+    model.init_weights()
+    model.check_base('there')
+    assert model.base_in_place()
+    state = random_state(small)
+    del state['patch_embed.projection.weight']
+    torch.save(state, tmp_path / 'base.pth')
+    with pytest.raises(RuntimeError, match='1 frozen tensors would stay random, among them patch_embed.projection.weight'):
+        around(large, init_cfg=ConfigDict(type='Pretrained', checkpoint=str(tmp_path / 'base.pth'))).init_weights()
+
+
+def test_offsets_of_a_deformable_backbone(tmp_path, messages):
+    """The weights of a plain one lack them: they begin at zero, and train whole, or stay there if excluded."""
+    dcn = dict(RESNET, depth=50, dcn=dict(type='DCNv2', deform_groups=1, fallback_on_stride=False),
+               stage_with_dcn=(False, True, True, True))
+    torch.save(random_state(dict(RESNET, depth=50)), tmp_path / 'base.pth')
+    init_cfg = ConfigDict(type='Pretrained', checkpoint=str(tmp_path / 'base.pth'))
+    model = around(dcn, init_cfg=init_cfg)
+    model.init_weights()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and 'conv_offset' in name}
+    assert trained == {name for name, _ in model.named_parameters() if 'conv_offset' in name} and trained
+    assert 'have nothing but zeros for a weight, and train whole' in messages()
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        model = MODELS.build(dict(type='LieRABackbone', backbone=dict(dcn, init_cfg=init_cfg),
+                                  liera=dict(LIERA, exclude=['*.conv_offset'])))
+    model.init_weights()
+    assert not any(p.requires_grad for name, p in model.named_parameters() if 'conv_offset' in name)
+
+
+class Named(nn.Module):
+    """A backbone with a module of the name that we give to ours, and with a buffer that it computes."""
+
+    def __init__(self, init_cfg=None):
+        super().__init__()
+        self.init_cfg = init_cfg
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.block = nn.ModuleDict(dict(adapter=nn.Conv2d(4, 4, 3)))
+        self.register_buffer('grid', torch.rand(4))
+
+    def init_weights(self):
+        PretrainedInit(self.init_cfg['checkpoint'])(self)
+
+
+@pytest.mark.parametrize('missing', [None, 'block.adapter.weight'])
+def test_a_module_called_adapter(tmp_path, missing):
+    MODELS.register_module(name='TestNamed', module=Named, force=True)
+    state = Named().state_dict()
+    del state['grid']
+    state.pop(missing, None)
+    torch.save(state, tmp_path / 'base.pth')
+    model = around(dict(type='mmengine.TestNamed', init_cfg=dict(checkpoint=str(tmp_path / 'base.pth'))))
+    if missing is None:
+        model.init_weights()
+        return
+    with pytest.raises(RuntimeError, match='1 frozen tensors would stay random, among them block.adapter.weight'):
+        model.init_weights()
