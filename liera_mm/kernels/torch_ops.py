@@ -138,3 +138,12 @@ def depthwise_weight_grad(x: Tensor, dy: Tensor) -> Tensor:
 def nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
     """Indices of the boxes, (N, 4), that no better one overlaps by an IoU above the threshold, best first."""
     return torch.ops.torchvision.nms(boxes, scores, threshold)
+
+
+def nms_kept(boxes: Tensor, threshold: float) -> Tensor:
+    """Which boxes of each row, (R, K, 4), best first, no better one of that row overlaps by an IoU above the threshold."""
+    kept = torch.zeros(boxes.shape[:2], dtype=torch.bool, device=boxes.device)
+    scores = torch.arange(boxes.shape[1], 0, -1, dtype=boxes.dtype, device=boxes.device)
+    for row, each in zip(kept, boxes):
+        row[nms(each, scores, threshold)] = True
+    return kept

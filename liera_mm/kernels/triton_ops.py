@@ -542,8 +542,10 @@ def _either(a, b):
 
 @triton.jit
 def _overlaps(boxes, overlaps, count, blocks, threshold):
-    """Bit c of overlaps[r, block]: whether box r hides the c-th box of the block, which comes after it."""
+    """Bit c of overlaps[r, block]: whether box r hides the c-th box of the block, which comes after it. In each row."""
     lane = tl.arange(0, 64)
+    boxes += tl.program_id(2) * count * 4
+    overlaps += tl.program_id(2).to(tl.int64) * count * blocks
     row, col = tl.program_id(0) * 64 + lane, tl.program_id(1) * 64 + lane
     if tl.program_id(1) >= tl.program_id(0):
         left, top = tl.load(boxes + row * 4, row < count, 0.), tl.load(boxes + row * 4 + 1, row < count, 0.)
@@ -561,8 +563,10 @@ def _overlaps(boxes, overlaps, count, blocks, threshold):
 
 @triton.jit
 def _kept(overlaps, kept, count, blocks, BLOCKS: tl.constexpr, ROWS: tl.constexpr):
-    """One program walks down the boxes, 64 at a time: first among themselves, then what they hide further down."""
+    """A program walks down the boxes of a row, 64 at a time: first among themselves, then what they hide further down."""
     col = tl.arange(0, BLOCKS)
+    overlaps += tl.program_id(0).to(tl.int64) * count * blocks
+    kept += tl.program_id(0) * blocks
     hidden = tl.zeros((BLOCKS, ), tl.int64)
     for block in range(blocks):
         alive = ~tl.sum(tl.where(col == block, hidden, 0), 0)
@@ -579,14 +583,19 @@ def _kept(overlaps, kept, count, blocks, BLOCKS: tl.constexpr, ROWS: tl.constexp
             hidden |= tl.reduce(tl.load(overlaps + at, mask, other=0), 0, _either)
 
 
-def nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
-    count, blocks = len(boxes), _cdiv(len(boxes), 64)
-    order = scores.sort(stable=True, descending=True)[1]
-    overlaps = torch.empty(count, blocks, dtype=torch.int64, device=boxes.device)
-    kept = torch.empty(blocks, dtype=torch.int64, device=boxes.device)
-    if count:
-        _overlaps[(blocks, blocks)](boxes[order], overlaps, count, blocks, threshold)
+def nms_kept(boxes: Tensor, threshold: float) -> Tensor:
+    rows, count, _ = boxes.shape
+    blocks = _cdiv(count, 64)
+    overlaps = torch.empty(rows, count, blocks, dtype=torch.int64, device=boxes.device)
+    kept = torch.empty(rows, blocks, dtype=torch.int64, device=boxes.device)
+    if rows and count:
+        _overlaps[(blocks, blocks, rows)](boxes.contiguous(), overlaps, count, blocks, threshold)
         width = _power_of_2(blocks)
-        _kept[(1, )](overlaps, kept, count, blocks, BLOCKS=width, ROWS=max(1, min(64, 16384 // width)), num_warps=16)
+        _kept[(rows, )](overlaps, kept, count, blocks, BLOCKS=width, ROWS=max(1, min(64, 16384 // width)), num_warps=16)
     lane = torch.arange(64, device=boxes.device)
-    return order[(kept[:, None] >> lane & 1).bool().flatten()[:count]]
+    return (kept[..., None] >> lane & 1).bool().flatten(1)[:, :count]
+
+
+def nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
+    order = scores.sort(stable=True, descending=True)[1]
+    return order[nms_kept(boxes[order][None], threshold)[0]]

@@ -62,9 +62,14 @@ class DeviceMasks(BitmapMasks):
         if len(self) == 0:
             return BitmapMasks(np.empty((0, *out_shape), dtype=np.uint8), *out_shape)
         boxes = torch.as_tensor(bboxes, device=self.tensor.device)
-        rois = torch.cat([torch.as_tensor(inds, device=boxes.device).to(boxes.dtype)[:, None], boxes], 1)
-        targets = roi_align(self.tensor[:, None].to(boxes.dtype), rois, out_shape, 1.0, 0, 'avg', True)[:, 0]
-        return BitmapMasks((targets >= .5 if binarize else targets).cpu().numpy(), *out_shape)
+        targets = self.crops(boxes, out_shape, torch.as_tensor(inds, device=boxes.device), binarize)
+        return BitmapMasks(targets.cpu().numpy(), *out_shape)
+
+    def crops(self, boxes: Tensor, size: Tuple[int, int], index: Tensor, binarize: bool = True) -> Tensor:
+        """What :meth:`crop_and_resize` gives, (K, height, width), as a tensor on the device."""
+        rois = torch.cat([index.to(boxes.dtype)[:, None], boxes], 1)
+        targets = roi_align(self.tensor[:, None].to(boxes.dtype), rois, size, 1.0, 0, 'avg', True)[:, 0]
+        return targets >= .5 if binarize else targets
 
     @property
     def areas(self) -> np.ndarray:

@@ -129,3 +129,15 @@ def test_nms(count, threshold):
     kept = triton_ops.nms(boxes, scores, threshold)
     assert kept.tolist() == torch_ops.nms(boxes, scores, threshold).tolist()
     assert count < 60 or len(kept) < count
+
+
+def test_nms_of_several_rows():
+    """Each row is as if it were alone, padded boxes without extent hide nothing."""
+    centre, size = 100 * torch.rand(3, 150, 2, device=DEVICE), 30 * torch.rand(3, 150, 2, device=DEVICE)
+    boxes = torch.cat([centre - size, centre + size], 2)
+    boxes[1, 40:] = 0
+    kept = triton_ops.nms_kept(boxes, .5)
+    assert torch.equal(kept, torch_ops.nms_kept(boxes, .5))
+    for row, each in zip(kept, boxes):
+        assert torch.equal(row, triton_ops.nms_kept(each[None], .5)[0])
+    assert 10 < kept.sum() < 300 and kept[1, 40:].all()
