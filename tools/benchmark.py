@@ -11,6 +11,8 @@ import json
 import statistics
 import sys
 import time
+import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
 
@@ -120,6 +122,13 @@ UNDONE: Dict[str, Dict[str, Any]] = {
 }
 STOCK = {key: value for options in UNDONE.values() for key, value in options.items()}
 
+# The heads of liera_mm/models/device_heads.py
+DEVICE_HEADS = {
+    'model.rpn_head.type': 'DeviceRPNHead', 'model.rpn_head.padded': True, 'model.roi_head.type': 'DeviceRoIHead',
+    'model.roi_head.bbox_roi_extractor.type': 'DeviceRoIExtractor',
+    'model.roi_head.mask_roi_extractor.type': 'DeviceRoIExtractor',
+}
+
 # What each changes in the backbone's config. Beside that: its update rule, whether all of it trains, what replaces its
 # layers, other options of the config, and whether the loss is looked at as LieRAHook does (watched).
 VARIANTS: Dict[str, Dict[str, Any]] = {
@@ -147,6 +156,7 @@ SETTINGS: Dict[str, Dict[str, Any]] = {
     'prefetch_factor 4': dict(update='taylor', options={'train_dataloader.prefetch_factor': 4}),
     'workers end': dict(update='taylor', options={'train_dataloader.persistent_workers': False}),
     'watched': dict(update='taylor', watched=True),
+    'device heads': dict(update='taylor', options=DEVICE_HEADS),
 }
 ALL = {**VARIANTS, **SETTINGS}
 
@@ -440,6 +450,24 @@ def operators(images: int, size: int) -> Dict[str, List[float]]:
     return result
 
 
+def waits(names: List[str], arch: str, rank: int, images: int, size: int) -> Dict[str, Dict[str, int]]:
+    """For each variant, how often the host waits for the device in a step, by the line of Python that has it wait."""
+    data, result = batch(images, size), {}
+    for name in names:
+        variant = Variant(name, arch, rank)
+        for _ in range(2):
+            variant.repeat(data)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            torch.cuda.set_sync_debug_mode('warn')
+            variant.repeat(data)
+            torch.cuda.set_sync_debug_mode('default')
+        lines = Counter(f'{each.filename}:{each.lineno}' for each in caught if 'synchronizing' in str(each.message))
+        result[name] = dict(lines.most_common())
+        del variant
+    return result
+
+
 def draw_steps(rows: List[Dict[str, Any]], path: Path) -> None:
     """Bars of the parts of a step, with the peak of the memory behind them."""
     figure, axes = plt.subplots(figsize=(10, .45 * len(rows) + 1.2), layout='constrained')
@@ -487,6 +515,7 @@ def main() -> None:
     instead.add_argument('--kernels', action='store_true', help='where the time of a step on the card goes, instead')
     instead.add_argument('--operators', action='store_true',
                          help="time mmcv's operators as they are here, and what torch or torchvision has, instead")
+    instead.add_argument('--waits', action='store_true', help='which lines have the host wait for the device, instead')
     instead.add_argument('--trajectory', type=int, metavar='STEPS', help='train each variant on the same data instead')
     args = parser.parse_args()
     args.variants = args.variants or list(SETTINGS if args.settings else VARIANTS)
@@ -520,6 +549,11 @@ def main() -> None:
         result, draw = operators(args.images, args.size), None
         for name, (ours, native) in result.items():
             print(f'{name:28}{ours:8.2f} ms, torch and torchvision {native:8.2f} ms, ratio {ours / native:.2f}')
+    elif args.waits:
+        result, draw = waits(args.variants, **problem), None
+        for name, lines in result.items():
+            print(f'{name}: {sum(lines.values())} waits a step')
+            print('\n'.join(f'{count:6} x {line}' for line, count in lines.items()))
     elif args.trajectory:
         result, draw = trajectories(args.variants, **problem, steps=args.trajectory), draw_losses
         first = result[args.variants[0]]

@@ -100,7 +100,8 @@ def _pointers(weights: Sequence[Tensor], rms: Optional[Sequence[Tensor]]):
     if len(weights) == 1:
         return (weights[0], rms[0] if rms else None), dtype
     rows = [tensors for tensors in (weights, rms) if tensors]
-    table = torch.tensor([[tensor.data_ptr() for tensor in tensors] for tensors in rows], device=weights[0].device)
+    table = torch.tensor([[tensor.data_ptr() for tensor in tensors] for tensors in rows])
+    table = table.to(weights[0].device, non_blocking=True)  # made on the device, it would wait for all that is queued
     return (table[0], table[1] if rms else None), dtype
 
 

@@ -135,6 +135,7 @@ def _path_scales(blocks: Sequence[nn.Module], x: Tensor) -> List[Optional[Tensor
     for draw, probability in zip(draws, keep):
         if probability < 1:
             torch.rand(draw.shape, out=draw)
-    probabilities = x.new_tensor(keep).view(-1, 1, 1)
+    # Of that many numbers the device gets a copy without the host waiting for it
+    probabilities = torch.tensor(keep, dtype=x.dtype).to(x.device, non_blocking=True).view(-1, 1, 1)
     scales = (draws.flatten(2) + probabilities).floor() / at_least_float32(probabilities)
     return [scale if probability < 1 else None for scale, probability in zip(scales, keep)]

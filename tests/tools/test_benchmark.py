@@ -44,7 +44,7 @@ def test_variants_differ_in_what_their_names_say(build, name):
     assert (type(model.rpn_head.sampler).__name__ == 'RandomSampler') == stock
 
 
-@pytest.mark.parametrize('name', ['full', 'lora loralib', 'liera fast'])
+@pytest.mark.parametrize('name', ['full', 'lora loralib', 'liera fast', 'device heads'])
 def test_a_variant_has_a_loss(build, name):
     _, model, _ = build(name)
     with DefaultScope.overwrite_default_scope('mmdet'):
@@ -62,6 +62,7 @@ CHANGED = {  # by a setting: one value of the config
     'pinned masks': ('PinnedMaskPreprocessor', lambda cfg: cfg.model.data_preprocessor.type),
     'cudnn_benchmark': (True, lambda cfg: cfg.env_cfg.cudnn_benchmark),
     'prefetch_factor 4': (4, lambda cfg: cfg.train_dataloader.get('prefetch_factor')),
+    'device heads': ('DeviceRPNHead', lambda cfg: cfg.model.rpn_head.type),
     'workers end': (False, lambda cfg: cfg.train_dataloader.persistent_workers),
 }
 
