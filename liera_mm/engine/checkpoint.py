@@ -2,6 +2,7 @@
 
 Importing this module makes MMEngine's ``CheckpointLoader`` read every checkpoint through :func:`read_checkpoint`.
 """
+import codecs
 import contextlib
 import io
 import os
@@ -167,6 +168,7 @@ def _safe_globals():
     dtypes = {type(np.dtype(code)) for code in '?bhilqBHILQefd'}
     before = list(torch.serialization.get_safe_globals())
     torch.serialization.add_safe_globals([np.ndarray, np.dtype, *dtypes, *functions, HistoryBuffer, slice,
+                                          codecs.encode,  # bytes, which torch allows by itself since 2.5
                                           _named(_history_method, 'builtins', 'getattr')])
     try:
         yield
