@@ -36,8 +36,8 @@ class Cell(NamedTuple):
     setting: Setting
     results: List[Dict[str, Any]]
 
-    def values(self, metric: str = BBOX) -> List[float]:
-        return [result['metrics'][metric] for result in self.results]
+    def values(self, metric: str = BBOX, of: str = 'metrics') -> List[float]:
+        return [result[of][metric] for result in self.results if result.get(of)]
 
     @property
     def mean(self) -> float:
@@ -102,12 +102,15 @@ def best_table(cells: Sequence[Cell]) -> str:
     """A world's methods, each in its best setting."""
     best = best_cells(cells)
     segm = SEGM in cells[0].results[0]['metrics']
+    test = any(cell.values(of='test_metrics') for cell in cells)
     full = best.get('full')
     header = ['method', 'lr', 'rank', 'alpha', 'options', 'trained in the backbone', 'share', 'bbox mAP',
-              *(['segm mAP'] if segm else []), 'of full', 'seeds', 'ms a step', 'peak GiB', 's']
+              *(['segm mAP'] if segm else []), *(['test bbox mAP'] if test else []), 'of full', 'seeds', 'ms a step',
+              'peak GiB', 's']
     rows = [[
         *columns_of(cell.setting), f'{cell.trained:,}', f'{cell.share:.1%}', spread(cell.values()),
-        *([spread(cell.values(SEGM))] if segm else []), f'{cell.mean / full.mean:.3f}' if full and full.mean else '-',
+        *([spread(cell.values(SEGM))] if segm else []), *([spread(cell.values(of='test_metrics'))] if test else []),
+        f'{cell.mean / full.mean:.3f}' if full and full.mean else '-',
         str(len(cell.results)), show(cell.middle('step_ms'), 1), show(cell.middle('peak_gib'), 2),
         show(cell.middle('seconds'))
     ] for cell in best.values()]
@@ -225,8 +228,9 @@ def write_report(results: Sequence[Dict[str, Any]], out: Path) -> str:
 
 
 def write_sheet(run: Run, out: Path, data: str, images: int) -> Path:
-    """Test a run that was kept, and draw its predictions beside the ground truth."""
+    """Validate a run that was kept, and draw its predictions beside the ground truth."""
     cfg = config_of(run, data)
+    cfg.test_dataloader, cfg.test_evaluator = cfg.val_dataloader, cfg.val_evaluator
     folder = work_dir(out, run)
     cfg.work_dir, cfg.load_from = str(folder / 'test'), latest_checkpoint(str(folder))
     cfg.experiment_name = cfg.visualizer.name = f'sheet_{run.world}_{run.name}'

@@ -104,9 +104,9 @@ def config_of(run: Run, data: str = 'data') -> Config:
 
 
 def fingerprint(run: Run) -> Dict[str, str]:
-    """A hash of each part of its config, to tell it from one that has changed."""
+    """A hash of each part of its config that has a say in its validation, to tell it from one that has changed."""
     return {key: hashlib.sha1(json.dumps(value, sort_keys=True, default=repr).encode()).hexdigest()[:8]
-            for key, value in config_of(run).to_dict().items()}
+            for key, value in config_of(run).to_dict().items() if not key.startswith('test_')}
 
 
 def result_file(out: Path, run: Run) -> Path:
@@ -170,10 +170,14 @@ def train(run: Run, out: Path, data: str, keep: bool, jobs: int) -> None:
     counts = count_parameters(runner.model.backbone)
     runner.train()
     metrics = runner.val()
-    runner.train_dataloader._iterator = runner.val_dataloader._iterator = None  # ends the processes that load data
+    # A world may have another set of images, on which nothing is chosen
+    test_metrics = runner.test() if cfg.test_dataloader != cfg.val_dataloader else None
+    for loader in (runner.train_dataloader, runner.val_dataloader, runner.test_dataloader if test_metrics else None):
+        if loader is not None:
+            loader._iterator = None  # ends the processes that load data
     result = dict(
-        run._asdict(), options=dict(run.options), fingerprint=fingerprint(run), metrics=metrics, **counts,
-        curve=recorder.curve, seconds=round(recorder.seconds, 1), jobs=jobs,
+        run._asdict(), options=dict(run.options), fingerprint=fingerprint(run), metrics=metrics, test_metrics=test_metrics,
+        **counts, curve=recorder.curve, seconds=round(recorder.seconds, 1), jobs=jobs,
         step_ms=round(1000 * statistics.median(recorder.times), 2) if recorder.times else None,
         peak_gib=round(torch.cuda.max_memory_allocated() / 2**30, 3) if torch.cuda.is_available() else None,
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU', torch=torch.__version__,

@@ -34,7 +34,20 @@ val_dataloader = dict(
         metainfo=dict(classes=classes),
         test_mode=True,
         pipeline={{_base_.test_pipeline}}))
-test_dataloader = val_dataloader
+test_dataloader = dict(  # other landscapes, which nobody tunes on
+    batch_size=1,
+    num_workers=1,
+    persistent_workers=True,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        type='CocoDataset',
+        data_root=data_root,
+        ann_file='annotations/instances_test2017.json',
+        data_prefix=dict(img='test2017/'),
+        metainfo=dict(classes=classes),
+        test_mode=True,
+        pipeline={{_base_.test_pipeline}}))
 val_evaluator = dict(
     type='CocoMetric', ann_file=data_root + 'annotations/instances_val2017.json', metric='bbox')
-test_evaluator = val_evaluator
+test_evaluator = dict(
+    type='CocoMetric', ann_file=data_root + 'annotations/instances_test2017.json', metric='bbox')

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from mmengine.config import Config
 
 from liera_mm.errors import SetupError
 
@@ -43,6 +44,7 @@ def work(connection, out, data, keep, jobs):
         file.write_text(json.dumps(dict(
             run._asdict(), options=dict(run.options), fingerprint=study.fingerprint(run), trained=10 * (run.rank or 0),
             backbone=1000, metrics={'coco/bbox_mAP': .3 + .01 * run.seed - abs((run.alpha or 0) - 32) / 1000},
+            test_metrics={'coco/bbox_mAP': .5} if run.method == 'full' else None,
             seconds=5., jobs=jobs, step_ms=None, peak_gib=None, device='CPU', torch='2', commit=None, curve=[])))
         connection.send(None)
 
@@ -225,6 +227,10 @@ def test_a_result_of_another_config_is_refused(run, tmp_path, monkeypatch):
     with pytest.raises(SetupError, match='lora_lr0.002_r4_a8_s0.json is the result of another config, with other model\n'):
         run('--methods', 'lora')
     run('--methods', 'lora', '--cfg-options', 'train_cfg.max_epochs=1')  # is another run
+    config_of = study_run.config_of
+    monkeypatch.setitem(study.METHODS, 'lora', dict(update='additive'))
+    monkeypatch.setattr(study_run, 'config_of', lambda run: Config(dict(config_of(run).to_dict(), test_evaluator=None)))
+    run('--methods', 'lora')  # what is tested besides validation has no say
     assert len(results(tmp_path)) == 2
 
 
@@ -305,8 +311,8 @@ def test_report(run, call, tmp_path):
     run('--methods', 'full', 'lora', '--ranks', '2')
     text = call('report')
     assert text == (tmp_path / 'report.md').read_text() + '\n'
-    assert '| lora | 0.002 | 4 | 32 | - | 40 | 4.0% | 0.305 (0.300 to 0.310) | 1.138 | 2 | - | - | 5 |' in text  # best
-    assert '| full | 0.002 | - | - | - | 0 | 0.0% | 0.268 (0.268 to 0.268) | 1.000 | 1 | - | - | 5 |' in text
+    assert '| lora | 0.002 | 4 | 32 | - | 40 | 4.0% | 0.305 (0.300 to 0.310) | - | 1.138 | 2 | - | - | 5 |' in text  # best
+    assert '| 0.0% | 0.268 (0.268 to 0.268) | 0.500 (0.500 to 0.500) | 1.000 | 1 | - | - | 5 |' in text  # full
     assert '| lora | 0.002 | 4 | 8 | - | 0.281 (0.276 to 0.286) | 2 |' in text  # every setting
     assert '| lora | 0.002 | 2 | 8 | - | 0.276 (0.276 to 0.276) | 1 |' in text
     for name in ('alpha', 'rank', 'parameters'):
