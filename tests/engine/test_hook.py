@@ -231,6 +231,10 @@ class CpuAutocast(OptimWrapper):
     {'model.backbone.drop_path_rate': .2},
     {'optim_wrapper.accumulative_counts': 2},
     {'optim_wrapper.type': 'CpuAutocast'},
+    {'model.rpn_head.type': 'DeviceRPNHead', 'model.rpn_head.padded': True, 'model.roi_head.type': 'DeviceRoIHead',
+     'model.roi_head.bbox_roi_extractor.type': 'DeviceRoIExtractor', 'optim_wrapper.type': 'CpuAutocast',
+     'model.roi_head.mask_roi_extractor.type': 'DeviceRoIExtractor',
+     'model.data_preprocessor.type': 'DeviceMaskPreprocessor'},
     {'optim_wrapper': dict(_delete_=True, type='AmpOptimWrapper', loss_scale=128., optimizer=dict(type='SGD', lr=.01))},
 ], ids=lambda options: '-'.join(map(str, [*options][0].split('.')[-1:] + [*options.values()]))[:40])
 def test_variants_train(make_runner, monkeypatch, options):

@@ -1,5 +1,6 @@
 """Heads that work on a batch at once have the losses, gradients and proposals of MMDetection's heads."""
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +14,14 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import InstanceData
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from liera_mm.engine.cli import load_config
 from liera_mm.models import DeviceRoIExtractor, DeviceRoIHead, DeviceRPNHead
 from liera_mm.models.masks import DeviceMasks
+from liera_mm.models.targets import unsupported
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
+CONFIGS = Path(__file__).parents[2] / 'configs'
 ALL = 10**6  # as many samples: all are taken, and nothing is random
 STRIDES = [4, 8, 16, 32, 64]
 SIZE = 96, 128
@@ -305,3 +309,14 @@ def test_classes_build_from_mmdets_scope():
     assert isinstance(build(dict(type='mmdet.RPNHead', **rpn_config())), RPNHead)
     assert isinstance(build(dict(type='DeviceRPNHead', **rpn_config())), DeviceRPNHead)
     assert isinstance(build(roi_config('DeviceRoIHead', 'SingleRoIExtractor')), StandardRoIHead)
+
+
+@pytest.mark.parametrize('name', ['mask-rcnn_convnextv2-b_liera_r16.py', 'digits/mask-rcnn_convnextv2-mini_liera_digits.py'])
+def test_nothing_in_our_configs_is_left_to_mmdetection(name):
+    model = load_config(str(CONFIGS / name)).model
+    rpn = build(dict(model.rpn_head, type='DeviceRPNHead', train_cfg=model.train_cfg.rpn, test_cfg=model.test_cfg.rpn,
+                     init_cfg=None))
+    assert not unsupported(rpn.assigner, rpn.sampler, rpn.bbox_coder) and rpn._usual_losses()
+    roi = build(dict(model.roi_head, type='DeviceRoIHead', train_cfg=model.train_cfg.rcnn, test_cfg=model.test_cfg.rcnn,
+                     init_cfg=None))
+    assert roi._usual()
