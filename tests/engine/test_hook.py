@@ -1,6 +1,7 @@
 """LieRAHook in MMEngine's Runner: refusals before training, merging for validation, checkpoints, and its reports."""
 import contextlib
 import copy
+import functools
 import json
 import re
 from pathlib import Path
@@ -8,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mmdet.engine.hooks import MeanTeacherHook
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
-from mmengine.registry import OPTIM_WRAPPERS
+from mmengine.registry import MODELS, OPTIM_WRAPPERS, DefaultScope
 
 import liera_mm
 from liera_mm.adapt import adapted_layers
@@ -173,6 +175,45 @@ def test_adapter_that_would_not_train(make_runner):
     runner.model.backbone.stages[0].requires_grad_(False)
     refused(runner.train,
             r"but is frozen: \['stages.0.0.depthwise_conv.adapter.A', .*'stages.0.1.pointwise_conv2.adapter.B'")
+
+
+def semi_supervised(make_runner):
+    """A Runner, about to train, of SoftTeacher: its student trains, its teacher is frozen whole and follows."""
+    runner = make_runner()
+    detector = copy.deepcopy(runner.cfg.model)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        model = MODELS.build(dict(
+            type='SoftTeacher', detector=detector, data_preprocessor=dict(
+                type='MultiBranchDataPreprocessor', data_preprocessor=detector.data_preprocessor),
+            semi_train_cfg=dict(freeze_teacher=True), semi_test_cfg=dict(predict_on='teacher')))
+    model.init_weights()
+    runner.model, runner.optim_wrapper = model, OptimWrapper(torch.optim.SGD(model.parameters(), lr=.1))
+    runner._train_loop = runner.build_train_loop(runner._train_loop)
+    return runner, next(hook for hook in runner.hooks if type(hook).__name__ == 'LieRAHook')
+
+
+def test_a_teacher_that_is_frozen_by_design(make_runner, perturb):
+    runner, hook = semi_supervised(make_runner)
+    hook.before_train(runner)
+    student, teacher = runner.model.student, runner.model.teacher
+    perturb(student)
+    MeanTeacherHook(momentum=.5).momentum_update(runner.model, .5)
+    assert not torch.equal(teacher.backbone.stages[0][0].depthwise_conv.adapter.B,
+                           torch.zeros_like(teacher.backbone.stages[0][0].depthwise_conv.adapter.B))
+    hook.after_train_epoch(runner)
+    hook.before_val_iter(runner, 0)
+    assert all(layer.merged for _, layer in adapted_layers(teacher))
+    hook.after_val_epoch(runner)
+    with torch.no_grad():
+        student.backbone.stages[0][0].depthwise_conv.weight.mul_(1.1)
+    refused(functools.partial(hook.after_train_epoch, runner), 'frozen tensors have changed .*: student.backbone')
+    hook.after_train(runner)
+
+
+def test_a_student_that_is_frozen_by_mistake(make_runner):
+    runner, hook = semi_supervised(make_runner)
+    runner.model.student.backbone.requires_grad_(False)
+    refused(functools.partial(hook.before_train, runner), 'student.backbone would not train what its liera config says')
 
 
 def test_optimizer_of_another_model(make_runner):
