@@ -65,7 +65,7 @@ def main() -> None:
     cfg.load_from, cfg.resume = args.checkpoint, False
     check_checkpoint(args.checkpoint)
     check_hook(cfg)
-    check_data(cfg, ['test'])
+    check_data(cfg, ['test'], keep=True)
     if args.show or args.show_dir:
         show_predictions(cfg, args)
     if args.tta:

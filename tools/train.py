@@ -7,6 +7,7 @@ from liera_mm.engine.checkpoint import latest_checkpoint
 from liera_mm.engine.cli import (
     add_options,
     build_runner,
+    check_amp,
     check_data,
     check_hook,
     check_weights,
@@ -45,8 +46,9 @@ def main() -> None:
             cfg.resume, cfg.load_from = True, checkpoint
         elif os.environ.get('RANK', '0') == '0':  # one of several processes
             print(f'{cfg.work_dir} has no checkpoint to resume from: training from the beginning')
+    check_amp(cfg)
     check_hook(cfg)
-    check_data(cfg, ['train', 'val'])
+    check_data(cfg, ['train', 'val'], keep=True)
     check_weights(cfg)
     runner = build_runner(cfg)
     runner.train()

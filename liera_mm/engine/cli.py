@@ -6,6 +6,7 @@ import os
 import os.path as osp
 import re
 import sys
+import traceback
 import unicodedata
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
@@ -14,6 +15,7 @@ from urllib.parse import urlparse
 from urllib.request import Request, urlopen
 
 import torch
+from mmdet.datasets import BaseDetDataset
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.fileio import list_from_file
@@ -21,7 +23,8 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from ..errors import SetupError
-from .data import check_coco
+from ..models.pretrained import check_prefix
+from .data import DataChecks, check_coco, classes_of, dataset_class, reads_coco
 
 LOOK_ALIKES = str.maketrans(dict(zip('\u0430\u0435\u0456\u043e\u0440\u0441\u0445\u0443', 'aeiopcxy')))
 """Cyrillic letters that look like the Latin ones of file names."""
@@ -37,6 +40,12 @@ def exit_clearly(main: Callable[[], None]) -> None:
         if not lines:
             raise
         sys.exit(lines)
+    except TypeError as error:
+        call = re.search(r"(\w+)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'", str(error))
+        if not call or not any(frame.name == 'build_from_cfg' for frame in traceback.extract_tb(error.__traceback__)):
+            raise
+        sys.exit(f"The config has a {call[1]}, or something made of it, with {call[2]}=..., which that does not take\n"
+                 "Take it out; if it is left of what a base config has in the same place, add _delete_=True to the dict")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +75,9 @@ def build_runner(cfg: Config) -> Runner:
     if cfg.launcher == 'pytorch' and get_device() == 'cpu':  # for which MMEngine would ask for a GPU
         torch.distributed.init_process_group('gloo')
         cfg.model_wrapper_cfg = dict(cfg.get('model_wrapper_cfg') or dict(broadcast_buffers=False), device_ids=None)
-    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner.register_hook(DataChecks())
+    return runner
 
 
 def find_config(path: str) -> str:
@@ -131,12 +142,18 @@ def _known_choice(option: str, name: str, choices: Sequence[str]) -> str:
     return name
 
 
-def check_data(cfg: Config, splits: List[str]) -> None:
+def check_data(cfg: Config, splits: List[str], keep: bool = False) -> None:
     """Check that annotations and images of the splits (of ``train``, ``val``, ``test``) are where the config says.
+
+    Args:
+        cfg: The config.
+        splits: Those whose data sets and evaluators are checked.
+        keep: Keep annotations in COCO's format, which are read for this, for the data sets that are built next: they
+            need not read them again.
 
     Raises:
         SetupError: At the first path that is missing, or line of a classification's split file that is wrong; and where
-            annotations in COCO's format, which are read for this, are not for this config and these images.
+            annotations in COCO's format are not for this config and these images, or not as they should be.
     """
     classes = (cfg.get('model', {}).get('head') or {}).get('num_classes')
     for split in splits:
@@ -150,10 +167,23 @@ def check_data(cfg: Config, splits: List[str]) -> None:
                     raise SetupError(
                         f'The {split} data set is missing: {path}', 'Put it there, or say where it is with --cfg-options '
                         f'data_root=FOLDER (now {cfg.get("data_root") or root or "unset"})')
-            if dataset['type'] in ('CocoDataset', 'mmdet.CocoDataset') and '://' not in osp.join(root, dataset['ann_file']):
-                check_coco(split, dataset)
+            cls = dataset_class(dataset)
+            if cls is not None and issubclass(cls, BaseDetDataset):
+                classes_of(split, dataset, cls)
+            if cls is not None and reads_coco(cls) and '://' not in osp.join(root, dataset.get('ann_file') or ''):
+                check_coco(split, dataset, keep)
             if dataset['type'] == 'CustomDataset' and dataset.get('ann_file') and classes and '://' not in root:
                 _check_samples(osp.join(root, dataset['ann_file']), osp.join(root, images), classes)
+        _check_evaluators(cfg, split)
+
+
+def _check_evaluators(cfg: Config, split: str) -> None:
+    """Check that the annotation files of a split's evaluators are there."""
+    for key, evaluator in _dicts(cfg.get(f'{split}_evaluator'), f'{split}_evaluator'):
+        path = evaluator.get('ann_file')
+        if isinstance(path, str) and '://' not in path and not osp.isfile(path):
+            raise SetupError(f'The annotation file of the {split} evaluator is missing: {path}',
+                             f'Give it that of its data set: --cfg-options {key}.ann_file=FILE')
 
 
 def _check_samples(split_file: str, folder: str, classes: int) -> None:
@@ -182,14 +212,25 @@ def check_hook(cfg: Config) -> None:
                          "Add custom_hooks = [dict(type='LieRAHook')] to the config")
 
 
+def check_amp(cfg: Config) -> None:
+    """Raise a SetupError if a config asks for automatic mixed precision on a machine that has nothing for it."""
+    types = [str(node.get('type')) for _, node in _dicts(cfg.get('optim_wrapper'), 'optim_wrapper')]
+    if get_device() in ('cpu', 'mps') and any(kind.endswith(('AmpOptimWrapper', "AmpOptimWrapper'>")) for kind in types):
+        raise SetupError('Automatic mixed precision (AmpOptimWrapper) needs a GPU, and there is none that torch can use',
+                         'Leave out --amp; or where the config has it, use --cfg-options optim_wrapper.type=OptimWrapper')
+
+
 def check_weights(cfg: Config) -> None:
     """Check that the weights a training starts from, of ``init_cfg`` and ``load_from``, can be had.
 
     Raises:
-        SetupError: At the first file that is missing, or URL that does not answer.
+        SetupError: At the first file that is missing or lacks the prefix of its ``init_cfg``, or URL that does not answer.
     """
     for key, source in _checkpoints(cfg):
         _check_source(key, source)
+    for key, node in _dicts(cfg.model, 'model'):
+        if node.get('type') == 'Pretrained' and node.get('prefix'):
+            check_prefix(node['checkpoint'], node['prefix'], f'--cfg-options {key}.prefix')
 
 
 def check_checkpoint(path: str) -> None:

@@ -11,7 +11,6 @@ from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, FlexibleRunner, Runner
 from mmengine.runner.base_loop import BaseLoop
 from torch import nn
-from torch.utils.data import DataLoader
 
 from ..adapt import adapter_names, merge, summary, unmerge
 from ..errors import SetupError
@@ -19,7 +18,7 @@ from ..models.pretrained import RECORD, decode_record, pretrained_backbones
 from ..report import range_report
 from . import invariants
 from .checkpoint import CheckpointWithoutBase, random_state, set_random_state
-from .data import check_categories, check_images
+from .data import DataChecks
 from .param_groups import MergedGroups
 from .sharding import FullyShardStrategy, gathered, in_shards
 
@@ -28,9 +27,9 @@ from .sharding import FullyShardStrategy, gathered, in_shards
 class LieRAHook(Hook):
     """Checks an adapted model before it trains, watches its perturbations, and merges it for evaluation.
 
-    - Before training: exactly the intended tensors train and are in the optimizer, no frozen weight is random, all are
-      finite, and the annotations have the categories of the config. The summary table is logged once.
-    - While training: the invariants of ``engine/invariants.py``, and that images can be read and are as annotated.
+    - Before training: exactly the intended tensors train and are in the optimizer, no frozen weight is random, and all are
+      finite. The summary table is logged once. ``DataChecks`` looks at data sets, heads and evaluators.
+    - While training: the invariants of ``engine/invariants.py``.
     - After each training epoch: the largest |Δ|, the share of Δ <= -1 under ``taylor``, zero weights that cannot move.
     - During validation and testing the perturbations are merged into the weights; after it the weights are restored. Not
       while the model is in shards (see ``engine/sharding.py``), which this hook makes of it after the checks.
@@ -53,8 +52,9 @@ class LieRAHook(Hook):
         self.merged_groups: Dict[str, MergedGroups] = {}
 
     def before_run(self, runner: Runner) -> None:
-        if not any(isinstance(hook, CheckpointWithoutBase) for hook in runner.hooks):
-            runner.register_hook(CheckpointWithoutBase())
+        for kind in (CheckpointWithoutBase, DataChecks):
+            if not any(isinstance(hook, kind) for hook in runner.hooks):
+                runner.register_hook(kind())
         if isinstance(runner, FlexibleRunner) and not isinstance(runner.strategy, FullyShardStrategy):
             return  # MMEngine's strategies save where they like
         for hook in runner.hooks:
@@ -83,9 +83,6 @@ class LieRAHook(Hook):
         invariants.check_finite(model)
         invariants.check_movable(model)
         invariants.check_optimizer(model, runner.optim_wrapper)
-        self._check_data(runner.train_dataloader)
-        if runner.val_loop is not None:
-            self._check_data(runner.val_dataloader)
         runner.logger.info(f'LieRA\n{summary(model)}')
         too_many = invariants.ranks_above_dimensions(model)
         if too_many:
@@ -108,12 +105,8 @@ class LieRAHook(Hook):
             groups.remove()
         self.merged_groups = {}
 
-    def before_val(self, runner: Runner) -> None:
-        self._check_data(runner.val_dataloader)
-
     def before_test(self, runner: Runner) -> None:
         invariants.check_finite(_unwrap(runner.model))
-        self._check_data(runner.test_dataloader)
 
     def before_train_epoch(self, runner: Runner) -> None:
         if self.random_states is not None and len(self.random_states) == get_world_size():
@@ -207,11 +200,6 @@ class LieRAHook(Hook):
             raise SetupError('EMAHook averages whole tensors, and FullyShardStrategy leaves none.',
                              'Take EMAHook out of custom_hooks, or train without shards: --cfg-options runner_type=Runner')
         strategy.shard()
-
-    @staticmethod
-    def _check_data(dataloader: DataLoader) -> None:
-        check_categories(dataloader.dataset)
-        check_images(dataloader.dataset)
 
     def _remember_source(self, runner: Runner, checkpoint: dict, names: Set[str], fetched: Set[str]) -> None:
         """Note which frozen weights come from ``load_from``; from the work dir they could be overwritten any time."""

@@ -2,7 +2,7 @@
 import functools
 import inspect
 import logging
-from typing import Any, Dict, Optional, Type
+from typing import Any, Dict, Iterable, Optional, Type
 
 from mmengine.logging import print_log
 from mmengine.registry import MODELS
@@ -14,7 +14,8 @@ from .pretrained import PretrainedBackbone, note_loaded
 
 
 @MODELS.register_module()
-def LieRABackbone(backbone: Dict[str, Any], liera: Optional[Dict[str, Any]] = None, **kwargs: Any) -> nn.Module:
+def LieRABackbone(backbone: Optional[Dict[str, Any]] = None, liera: Optional[Dict[str, Any]] = None,
+                  **kwargs: Any) -> nn.Module:
     """Any registered backbone, frozen and adapted.
 
     Args:
@@ -24,12 +25,13 @@ def LieRABackbone(backbone: Dict[str, Any], liera: Optional[Dict[str, Any]] = No
 
     Returns:
         The backbone itself, an instance of a subclass of its class.
+
+    Raises:
+        SetupError: If there are other arguments, or adapt() refuses those in ``liera``.
     """
-    unknown = [name for name in kwargs if name != 'init_cfg']
-    if unknown:
-        raise SetupError(f'LieRABackbone has no {", ".join(unknown)}; it has backbone, liera and init_cfg',
-                         'Add _delete_=True to its dict if they are of a base config; else give them to the backbone in it: '
-                         f'model.backbone.backbone.{unknown[0]}=VALUE')
+    refuse_leftovers('LieRABackbone', [name for name in kwargs if name != 'init_cfg'])
+    if backbone is None:
+        raise SetupError('LieRABackbone has no backbone to adapt', 'Give it as backbone=dict(type=..., ...)')
     model = MODELS.build({**backbone, **kwargs} if kwargs else backbone)
     if not isinstance(model, PretrainedBackbone):
         model.__class__ = _pretrained_class(type(model))
@@ -38,6 +40,15 @@ def LieRABackbone(backbone: Dict[str, Any], liera: Optional[Dict[str, Any]] = No
 
 
 LieRABackbone.wraps = 'backbone'  # the argument that is left of its config without this package
+
+
+def refuse_leftovers(name: str, others: Iterable[str]) -> None:
+    """Raise a SetupError if a config gives a backbone arguments that it has not."""
+    if others:
+        raise SetupError(
+            f'{name} has no {", ".join(others)}; the config gives it what it does not take',
+            f'If they are left of the backbone of a base config, with which yours is merged, write '
+            f'backbone=dict(_delete_=True, type={name!r}, ...); or else take them out')
 
 
 def adapt_or_freeze(model: nn.Module, liera: Optional[Dict[str, Any]]) -> None:

@@ -1,4 +1,5 @@
 """ConvNeXt with adapted layers and a fast forward pass, for MMEngine's registry."""
+import inspect
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from ..algebra import at_least_float32
 from ..kernels import convnext as fused
 from ..layers import autocast_dtype, effective_weights
-from .backbones import adapt_or_freeze
+from .backbones import adapt_or_freeze, refuse_leftovers
 from .pretrained import PretrainedBackbone
 
 
@@ -37,6 +38,8 @@ class LieRAConvNeXt(PretrainedBackbone, ConvNeXt):
     added = ('fast', )
 
     def __init__(self, liera: Optional[Dict[str, Any]] = None, fast: bool = True, **kwargs):
+        known = inspect.signature(ConvNeXt).parameters
+        refuse_leftovers('LieRAConvNeXt', [name for name in kwargs if name not in known])
         super().__init__(**kwargs)
         adapt_or_freeze(self, liera)
         for stage in self.stages:

@@ -1,9 +1,12 @@
 """Backbones whose frozen weights must come from somewhere, and loaders for where they come from."""
 import contextlib
+import difflib
 import json
+import os
 import re
 from importlib import resources
 from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
+from urllib.parse import urlparse
 
 import torch
 from mmengine.config import ConfigDict
@@ -59,9 +62,14 @@ class PretrainedBackbone:
         Raises:
             SetupError: If there are pretrained weights, and one of the frozen tensors is not among them.
         """
-        with without_adapters(self), _same_flags(self):
-            super().init_weights()
         source = self._configured_source()
+        try:
+            with without_adapters(self), _same_flags(self):
+                super().init_weights()
+        except AssertionError:
+            if source is not None and source['prefix']:
+                check_prefix(source['checkpoint'], source['prefix'], 'init_cfg.prefix of the backbone')
+            raise
         if source is not None:
             self.check_base(f'{source["checkpoint"]} does not fit {type(self).__name__}')
             self.set_base(source, self.loaded)
@@ -291,6 +299,35 @@ def _same_flags(module: nn.Module) -> Iterator[None]:
 def pretrained_backbones(model: nn.Module) -> Iterator[Tuple[str, PretrainedBackbone]]:
     """Name and backbone of every :class:`PretrainedBackbone` in a model."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, PretrainedBackbone))
+
+
+def check_prefix(checkpoint: str, prefix: str, option: str) -> None:
+    """Check that names of weights begin with a prefix; of weights on this machine, for others are yet to be downloaded.
+
+    Args:
+        checkpoint: As in ``init_cfg``.
+        prefix: As in ``init_cfg``; a dot at its end is added.
+        option: What sets it, for the message.
+
+    Raises:
+        SetupError: If none does; names the prefixes that there are.
+    """
+    path = os.path.expanduser(checkpoint)
+    if '://' in checkpoint and not checkpoint.startswith('liera://'):
+        path = os.path.join(torch.hub.get_dir(), 'checkpoints', os.path.basename(urlparse(checkpoint).path))
+    if not (checkpoint.startswith('liera://') or os.path.isfile(path)):
+        return
+    weights = CheckpointLoader.load_checkpoint(path, 'cpu')
+    names = list(weights.get('state_dict', weights))
+    start = prefix if prefix.endswith('.') else f'{prefix}.'
+    if any(str(name).startswith(start) for name in names):
+        return
+    known = list(dict.fromkeys(str(name).partition('.')[0] for name in names if '.' in str(name)))
+    close = difflib.get_close_matches(prefix.rstrip('.'), known, n=1)
+    raise SetupError(
+        f'{start} is not in the pretrained model {checkpoint}, whose names begin with '
+        + ', '.join(f'{name}.' for name in known[:10]) + (f' and {len(known) - 10} more' if len(known) > 10 else ''),
+        f'Set {option}={(close or ["PREFIX"])[0]}, or take the prefix out if the names begin like those of the part')
 
 
 def encode_record(record: Dict[str, Any]) -> Tensor:

@@ -202,7 +202,7 @@ DAMAGES = {
     'a weight is missing': (CONVNEXT, 'backbone.', 'stages.1.0.pointwise_conv2.weight',
                             r': 1 frozen tensors would stay random, among them stages\.1\.0\.pointwise_conv2\.weight'),
     'a norm is missing': (CONVNEXT, 'backbone.', 'stages.1.0.norm.bias', r': 1 .* among them stages\.1\.0\.norm\.bias'),
-    'wrong prefix': (CONVNEXT, 'encoder.', None, 'encoder. is not in the pretrained model'),
+    'wrong prefix': (CONVNEXT, 'encoder.', None, r'encoder. is not in the pretrained model .*begin with backbone\., head\.'),
     'no prefix': (CONVNEXT, None, None, r'frozen tensors would stay random, among them downsample_layers\.0\.0\.weight'),
 }
 

@@ -2,6 +2,7 @@
 
 They run in this process, for another one takes seconds to start; LIERA_MM_WRITE_DOCS=1 writes the table of the docs.
 """
+import io
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import pytest
 import torch
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from liera_mm.engine.checkpoint import read_checkpoint
@@ -79,6 +81,60 @@ def annotations(edit, split='train'):
     return change
 
 
+def each(entries, split='train', **changes):
+    """Annotations of which all entries of a list have other values: given, or functions of the entry; None removes one."""
+
+    def edit(content):
+        for entry in content[entries]:
+            for key, value in changes.items():
+                value = value(entry) if callable(value) else value
+                entry.pop(key, None)
+                if value is not None:
+                    entry[key] = value
+
+    return annotations(edit, split)
+
+
+def first(entries, key, value=None, split='train'):
+    """Annotations of which the first entry of a list has another value, or None."""
+
+    def edit(content):
+        content[entries][0].pop(key)
+        if value is not None:
+            content[entries][0][key] = value
+
+    return annotations(edit, split)
+
+
+def repeat(entries, **changes):
+    """Annotations with a changed copy of the first entry of a list."""
+    return annotations(lambda content: content[entries].append(dict(content[entries][0], **changes)))
+
+
+def corners(annotation):
+    x, y, w, h = annotation['bbox']
+    return [x, y, x + w, y + h]
+
+
+def outside(annotation):
+    x, y, w, h = annotation['bbox']
+    return [x + 500, y, w, h]
+
+
+def turned(data):
+    """A JPEG that is stored lying, with an orientation in EXIF that turns it."""
+    image, file = Image.open(io.BytesIO(data)).resize((160, 120)), io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(file, 'jpeg', exif=exif)
+    return file.getvalue()
+
+
+def annotated_lying(content):
+    image = min(content['images'], key=lambda image: image['file_name'])
+    image.update(width=160, height=120)
+
+
 def rename_categories(content):
     for category in content['categories']:
         category['name'] = f'digit {category["name"]}'
@@ -119,8 +175,19 @@ def both(*changes):
     return lambda run: [change(run) for change in changes]
 
 
+def argument(*arguments):
+    return lambda run: run.arguments.extend(arguments)
+
+
+HEADS = 'model.roi_head.{}_head.num_classes'
 ONE_PIXEL = cv2.imencode('.jpg', np.full((1, 1, 3), 200, np.uint8))[1].tobytes()
 
+BOXES = """
+model = dict(roi_head=dict(mask_head=None))
+train_dataloader = dict(dataset=dict(pipeline=[
+    dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True),
+    dict(type='Resize', scale=(64, 64), keep_ratio=True), dict(type='PackDetInputs')]))
+"""
 BAD_INPUTS = {
     'rank 0': (liera(rank=0), 'rank must be a whole number of at least 1, not 0'),
     'negative rank': (liera(rank=-4), 'rank must be a whole number of at least 1, not -4'),
@@ -168,6 +235,90 @@ BAD_INPUTS = {
         options(**{'train_dataloader.dataset.filter_cfg.min_size': 200}), '6 of them smaller'),
     'other categories': (annotations(rename_categories), 'lacks 10 classes'),
     'other categories to test on': (both(evaluate(), annotations(rename_categories, 'val')), 'lacks 10 classes'),
+    'classes without a comma': (
+        config(DIGITS, "classes = ('balloon')\nfor_all = dict(dataset=dict(metainfo=dict(classes=classes)))\n"
+               "train_dataloader = val_dataloader = for_all"), "classes='balloon'"),
+    'classes as MMDetection 2 called them': (
+        config(DIGITS, "train_dataloader = dict(dataset=dict(metainfo=dict(_delete_=True, CLASSES=('0', '1'))))"),
+        'has CLASSES'),
+    'classes that are numbers': (options(**{'train_dataloader.dataset.metainfo.classes': '[0,1]'}), 'which is no text'),
+    'categories in another order': (annotations(lambda content: content['categories'].reverse()), 'another order'),
+    'two categories of one name': (repeat('categories', id=99), "'0'"),
+    'two categories of one id': (repeat('categories', name='ten'), 'ids of categories'),
+    'two images of one id': (repeat('images'), 'ids of images'),
+    'two annotations of one id': (repeat('annotations'), 'ids of annotations'),
+    'image ids as text in one place': (each('images', id=lambda image: str(image['id'])), 'text for id'),
+    'image ids as text in the other': (
+        each('annotations', image_id=lambda annotation: str(annotation['image_id'])), 'text for image_id'),
+    'category ids as text in one place': (
+        each('annotations', category_id=lambda annotation: str(annotation['category_id'])), 'text for category_id'),
+    'annotations of other images': (
+        each('annotations', image_id=lambda annotation: annotation['image_id'] + 1000), 'of images that it has not'),
+    'annotations of categories that are not there': (
+        each('annotations', category_id=lambda annotation: annotation['category_id'] - 1), 'no category has'),
+    'boxes of area 0': (each('annotations', area=0), 'smaller than a pixel or of area 0'),
+    'boxes without a height': (
+        each('annotations', bbox=lambda annotation: [*annotation['bbox'][:3], 0]), 'smaller than a pixel or of area 0'),
+    'normalised boxes': (
+        each('annotations', bbox=lambda annotation: [value / 160 for value in annotation['bbox']]), 'normalised'),
+    'normalised boxes to validate on': (
+        each('annotations', 'val', bbox=lambda annotation: [value / 160 for value in annotation['bbox']]), 'normalised'),
+    'normalised boxes to test on': (
+        both(evaluate(), each('annotations', 'val', bbox=lambda annotation: [value / 160 for value in annotation['bbox']])),
+        'normalised'),
+    'boxes outside their images': (each('annotations', bbox=outside), 'outside their image'),
+    'boxes as corners': (each('annotations', bbox=corners), 'look like corners'),
+    'boxes as corners, without masks': (
+        both(each('annotations', bbox=corners, segmentation=None), config(DIGITS, BOXES)), 'look like corners'),
+    'nothing but crowds': (each('annotations', iscrowd=1), 'of crowds'),
+    'a bbox of text': (first('annotations', 'bbox', ['1', '2', '3', '4']), "['1', '2', '3', '4']"),
+    'a bbox of three numbers': (first('annotations', 'bbox', [1, 2, 3]), '[1, 2, 3]'),
+    'a bbox that is not finite': (first('annotations', 'bbox', [1, 2, float('nan'), 4]), 'nan'),
+    **{f'no {key} of {entries}': (first(entries, key), f'have no {key}') for entries, key in (
+        ('images', 'id'), ('images', 'file_name'), ('images', 'height'), ('images', 'width'),
+        ('annotations', 'id'), ('annotations', 'image_id'), ('annotations', 'category_id'), ('annotations', 'bbox'),
+        ('annotations', 'area'), ('categories', 'id'), ('categories', 'name'))},
+    'no iscrowd to validate with': (first('annotations', 'iscrowd', split='val'), 'have no iscrowd'),
+    'no masks': (each('annotations', segmentation=None), 'have no segmentation'),
+    'one mask missing': (first('annotations', 'segmentation', []), '1 of'),
+    'masks of two points': (each('annotations', segmentation=[[1, 2, 3, 4]]), 'without a mask that can be used'),
+    'no masks to validate with': (
+        both(each('annotations', 'val', segmentation=None), options(**{
+            'val_dataloader.dataset.pipeline.2.with_mask': False})), 'have no segmentation'),
+    'a mask head, but no masks loaded': (
+        options(**{'train_dataloader.dataset.pipeline.1.with_mask': False}), 'loads no masks'),
+    'masks evaluated that are not predicted': (config(DIGITS, BOXES), "metric='segm'"),
+    'too few classes': (options(**{HEADS.format('bbox'): 3}), 'roi_head.bbox_head.num_classes is 3, but the data have 10'),
+    'too many classes': (options(**{HEADS.format('bbox'): 80}), 'roi_head.bbox_head.num_classes is 80'),
+    'too many classes of the mask head': (options(**{HEADS.format('mask'): 80}), 'roi_head.mask_head.num_classes is 80'),
+    'too few classes to test': (both(evaluate(), options(**{HEADS.format('mask'): 3})), 'num_classes is 3'),
+    'other classes to validate on': (
+        both(annotations(lambda content: content['categories'].reverse(), 'val'),
+             config(DIGITS, "val_dataloader = dict(dataset=dict(metainfo=dict(classes=tuple('9876543210'))))")),
+        'the val data set'),
+    'evaluator of other images': (
+        lambda run: run.options.append(f'val_evaluator.ann_file={run.data}/annotations/instances_train2017.json'),
+        'is of other images'),
+    'evaluator to test with of other images': (
+        both(evaluate(), lambda run: run.options.append(
+            f'test_evaluator.ann_file={run.data}/annotations/instances_train2017.json')), 'is of other images'),
+    'evaluator without its file': (options(**{'val_evaluator.ann_file': 'nowhere.json'}), 'missing: nowhere.json'),
+    'evaluator without annotations': (options(**{'val_evaluator.ann_file': None}), 'has no ann_file'),
+    'weights without the prefix': (
+        options(**{'model.backbone.init_cfg.prefix': 'backbon.'}), 'backbone., neck., roi_head., rpn_head.'),
+    'weights of the neck without the prefix': (options(**{'model.neck.init_cfg.prefix': 'fpn'}), 'begin with fpn.'),
+    'mixed precision without a GPU': (argument('--amp'), 'needs a GPU'),
+    'mixed precision in the config, without a GPU': (
+        options(**{'optim_wrapper.type': 'AmpOptimWrapper'}), 'needs a GPU'),
+    'LieRABackbone over another backbone': (
+        config(DIGITS, "model = dict(backbone=dict(type='LieRABackbone', backbone=dict(type='ResNet', depth=50)))"),
+        'LieRABackbone has no arch'),
+    'LieRAConvNeXt over another backbone': (
+        options(**{'model.backbone.depth': 50}), 'LieRAConvNeXt has no depth'),
+    'backbone over another, in LieRABackbone': (
+        config(DIGITS, "model = dict(backbone=dict(_delete_=True, type='LieRABackbone', liera=dict(rank=4), backbone=dict("
+               "type='SwinTransformer', depth=50)))"), 'SwinTransformer'),
+    'EXIF orientation': (both(image(turned), annotations(annotated_lying)), 'EXIF orientation, 6'),
     'torn annotations': (
         lambda run: (run.data / 'annotations/instances_train2017.json').write_text('{"images": ['), 'no JSON file'),
     'annotations of another format': (
