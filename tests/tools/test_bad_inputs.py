@@ -306,7 +306,8 @@ BAD_INPUTS = {
     'evaluator without annotations': (options(**{'val_evaluator.ann_file': None}), 'has no ann_file'),
     'weights without the prefix': (
         options(**{'model.backbone.init_cfg.prefix': 'backbon.'}), 'backbone., neck., roi_head., rpn_head.'),
-    'weights of the neck without the prefix': (options(**{'model.neck.init_cfg.prefix': 'fpn'}), 'fpn. is not in the pretrained model'),
+    'weights of the neck without the prefix': (
+        options(**{'model.neck.init_cfg.prefix': 'fpn'}), 'fpn. is not in the pretrained model'),
     'mixed precision without a GPU': (argument('--amp'), 'needs a GPU'),
     'mixed precision in the config, without a GPU': (
         options(**{'optim_wrapper.type': 'AmpOptimWrapper'}), 'needs a GPU'),
