@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from .algebra import METHODS
 from .group import MULTIPLICATIVE, UPDATES
-from .layers import AdaptedLayer, adapt_layer, adapted_class, restore_class
+from .layers import AdaptedLayer, adapt_layer, check_layer, restore_class
 from .wrappers import through_wrappers
 
 KINDS = ('conv', 'depthwise', 'pointwise', 'linear')
@@ -39,14 +39,25 @@ logger = logging.getLogger('liera_mm')
 
 
 def layer_kind(layer: nn.Module) -> Optional[str]:
-    """``linear``, ``pointwise`` (every kernel dimension 1), ``depthwise`` (one channel a group), ``conv`` or None."""
+    """``linear``, ``pointwise`` (every kernel dimension 1), ``depthwise`` (one channel a group), ``conv`` or None.
+
+    Classes other than torch's are known by what they have in common with them: a kernel and ``kernel_size`` or
+    ``out_channels``, or a matrix and ``out_features`` (``nf`` in transformers' ``Conv1D``).
+    """
     if isinstance(layer, nn.Linear):
         return 'linear'
     if isinstance(layer, nn.modules.conv._ConvNd):
-        if all(k == 1 for k in layer.kernel_size):
-            return 'pointwise'
-        return 'depthwise' if layer.groups == layer.in_channels > 1 else 'conv'
-    return None
+        kernel = layer.kernel_size
+    else:
+        dims, has = _weight_dims(layer), functools.partial(hasattr, layer)
+        if dims >= 2 and (has('out_features') or has('nf')):
+            return 'linear'
+        if dims < 3 or not (has('kernel_size') or has('out_channels')):
+            return None
+        kernel = layer._parameters['weight'].shape[2:]
+    if all(k == 1 for k in kernel):
+        return 'pointwise'
+    return 'depthwise' if getattr(layer, 'groups', 1) == getattr(layer, 'in_channels', None) != 1 else 'conv'
 
 
 @functools.partial(through_wrappers, refuse_fixed=True)
@@ -98,7 +109,7 @@ def adapt(model: nn.Module,
     Raises:
         ValueError: If a setting is unknown or out of range, if targets match no layer, if a weight is not finite, or if
             the model is adapted already. A rank above a layer's dimensions is none: its Δ then has full rank.
-        TypeError: If a layer that is named computes with its weight in a way that is not known; or if there is no other.
+        TypeError: If a layer that is named computes with a weight that cannot be perturbed; or if there is no other.
     """
     if any(isinstance(m, AdaptedLayer) for m in model.modules()):
         raise ValueError('this model is adapted already: export() it first, or adapt a fresh one')
@@ -320,7 +331,7 @@ def summary(model: nn.Module) -> Summary:
         trainable = sum(p.numel() for p in layer.adapter.parameters())
         frozen = sum(p.numel() for p in layer.parameters(recurse=False) if not p.requires_grad)
         rows.append(
-            SummaryRow(name, layer_kind(layer), tuple(layer.weight.shape), layer.method, layer.update,
+            SummaryRow(name, layer_kind(layer) or 'conv', tuple(layer.frozen_weight.shape), layer.method, layer.update,
                        scale_of(layer), layer.adapter.rank, trainable, frozen))
     parameters = list(model.parameters())
     return Summary(rows, sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
@@ -346,7 +357,7 @@ def without_adapters(model: nn.Module) -> Iterator[nn.Module]:
         for layer, adapter, start in zip(layers, adapters, untrained):
             layer._modules['adapter'] = adapter
             if start:
-                adapter.reset(layer.weight)
+                adapter.reset(layer.frozen_weight)
 
 
 @through_wrappers
@@ -448,18 +459,10 @@ def _refusals(model: nn.Module, names: Sequence[str]) -> Dict[str, Exception]:
 
 
 def _check_layer(model: nn.Module, name: str, owners: Mapping[int, Sequence[str]]) -> None:
-    """Raise a TypeError if a layer's weight is used without its forward(), a ValueError if it is not the layer's alone."""
+    """Raise a TypeError if a layer has no weight that can be perturbed, a ValueError if it is not the layer's alone."""
     layer = model.get_submodule(name)
-    weight = layer._parameters.get('weight')
-    adapted_class(type(layer))
-    if 'forward' in vars(layer):
-        raise TypeError('its forward() was replaced on the instance; undo that first')
-    if isinstance(model.get_submodule(name.rpartition('.')[0]), nn.TransformerEncoderLayer):
-        raise TypeError('nn.TransformerEncoderLayer reads its weight without calling the layer when it evaluates')
-    if weight is None:
-        raise TypeError('its weight is computed from other parameters (a parametrization or weight norm); remove that first')
-    if hasattr(layer, 'adapter'):
-        raise TypeError('it has an attribute called adapter already')
+    check_layer(layer)
+    weight = layer._parameters['weight']
     shared = {id(model.get_submodule(owner)): owner for owner in sorted(owners[id(weight)], reverse=True)}
     if len(shared) > 1:
         raise ValueError(f'its weight is shared between {", ".join(sorted(shared.values()))}; a perturbation of one would '
@@ -503,8 +506,12 @@ def _pattern(target: Any) -> Pattern[str]:
 
 def _holds_kernel(layer: nn.Module) -> bool:
     """Whether a layer is one that can be adapted, or one that must be refused by name: it has a kernel of its own."""
-    weight = layer._parameters.get('weight')
-    return layer_kind(layer) is not None or (weight is not None and weight.dim() >= 3)
+    return layer_kind(layer) is not None or (_weight_dims(layer) >= 3 and not is_norm(layer))
+
+
+def _weight_dims(layer: nn.Module) -> int:
+    weight = None if isinstance(layer, torch.jit.ScriptModule) else layer._parameters.get('weight')
+    return 0 if weight is None or isinstance(weight, nn.parameter.UninitializedParameter) else weight.dim()
 
 
 def _nearest(word: str, choices: Sequence[str]) -> str:

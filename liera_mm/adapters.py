@@ -1,6 +1,7 @@
 """The adapter of a model: which tensors it is, and several of them on one base, of which one is active."""
 import contextlib
 import copy
+import functools
 import math
 from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
@@ -128,7 +129,8 @@ def _combined(model: nn.Module, weights: Sequence[float], parts: Sequence[Adapte
         if layer not in sums:
             sums[layer] = copy.deepcopy(layer.adapter)
             try:
-                sums[layer].combine(terms[layer], lambda delta, layer=layer: UPDATES[layer.update](layer.weight, delta))
+                move = functools.partial(UPDATES[layer.update], layer.frozen_weight)
+                sums[layer].combine(terms[layer], move)
             except ValueError as error:
                 raise ValueError(f'{name}: {error}') from None
         scales[name] = sums[layer].rank, sums[layer].scale
@@ -178,7 +180,7 @@ def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
                          f'layers whole ({some(trained)}), and what they were before is not kept')
     with _unfolded(model):
         for _, layer in adapted_layers(model):
-            layer.unmerged_weight = layer.weight.data  # as if merged, with Δ = 0
+            layer.unmerged_weight = layer.frozen_weight.data  # as if merged, with Δ = 0
         try:
             yield wrapper
         finally:

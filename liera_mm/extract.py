@@ -68,7 +68,7 @@ def extract(model: nn.Module, weights: Dict[str, Tensor], steps: int = 200) -> L
         name = f'{name}.weight' if name else 'weight'
         fit_layer(layer, theirs[name], steps)
         fitted.add(name)
-        fits.append(_fit(name, layer.weight, theirs[name], layer.effective_weight()))
+        fits.append(_fit(name, layer.frozen_weight, theirs[name], layer.effective_weight()))
     for name in theirs.keys() - fitted:
         if name not in frozen:
             ours[name].copy_(theirs[name])
@@ -80,7 +80,7 @@ def extract(model: nn.Module, weights: Dict[str, Tensor], steps: int = 200) -> L
 def fit_layer(layer: AdaptedLayer, target: Tensor, steps: int) -> None:
     """Set the adapter of one layer such that its effective weight is as near to ``target`` as it can be."""
     exact = copy.deepcopy(layer).double()  # rounding would drown small changes
-    weight, target, adapter = exact.weight.detach(), target.double(), exact.adapter
+    weight, target, adapter = exact.frozen_weight.detach(), target.double(), exact.adapter
     change = (target - weight).norm()
     with torch.no_grad():
         if isinstance(adapter, Dense):

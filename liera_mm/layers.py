@@ -2,32 +2,75 @@
 
 An adapted layer is the object it was before: its class becomes a subclass of its old one, its parameters keep their
 names, and it gains one child, ``adapter``, that holds the trained tensors. So state-dict keys, references to the layer and
-``isinstance`` checks stay valid.
+``isinstance`` checks stay valid. Its attribute ``weight`` gives the effective weight to whoever reads it: to the layer's own
+forward pass, whatever that does, and to modules that use a layer's weight without calling the layer.
 """
 import functools
 import inspect
-from typing import Any, List, Optional, Sequence, Set, Type
+from typing import Any, List, NoReturn, Optional, Sequence, Tuple, Type
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy, _symbolic_trace
 
-from .algebra import METHODS, Dora, at_least_float32
+from .algebra import METHODS, Dora, Perturbation, at_least_float32
+from .errors import SetupError
 from .group import MULTIPLICATIVE, UPDATES
+from .kernels import builtin_only
 from .kernels.weight import moved_weights
+
+_is_fx_tracing = getattr(_symbolic_trace, 'is_fx_symbolic_tracing', _symbolic_trace.is_fx_tracing)
 
 
 class AdaptedLayer:
-    """What all adapted layers share; mixed into a torch layer with a frozen ``weight``.
+    """What all adapted layers share; mixed into a layer with a frozen ``weight``.
 
     Attributes:
         adapter (nn.Module): Gives Δ when called, in the shape of ``weight``; its parameters are what trains.
         method (str): Name of the parameterisation of Δ, a key of ``algebra.METHODS``.
         update (str): Name of the rule that applies Δ to the weight, a key of ``group.UPDATES``.
-        unmerged_weight (Tensor | None): The frozen weight while ``weight`` holds the effective one.
+        unmerged_weight (Tensor | None): The frozen weight while the parameter holds the effective one.
     """
     original_class: Type[nn.Module]
     added = ('adapter', 'unmerged_weight', 'method', 'update')  # what restore_class() takes away
+
+    @property
+    def weight(self) -> Tensor:
+        """The effective weight, for code that reads it; computed anew each time, so that writing into it changes nothing.
+
+        The parameter itself while the layer is merged, or its adapter is taken out (:func:`without_adapters`) to load or
+        initialise what it had before. Another parameter cannot take its place.
+        """
+        if self.merged or self._modules.get('adapter') is None:
+            return self._parameters['weight']
+        return self.effective_weight()
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        self._refuse()
+
+    def __delattr__(self, name: str) -> None:
+        if name == 'weight':
+            self._refuse()
+        super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: Optional[nn.Parameter]) -> None:
+        # Where nn.Module.__setattr__ leads; weight norm, spectral norm and pruning add weight_g, weight_orig and the like
+        if name == 'weight' or (name.startswith('weight_') and name not in self._parameters):
+            self._refuse()
+        super().register_parameter(name, param)
+
+    def _refuse(self) -> NoReturn:
+        raise SetupError(f'the weight of an adapted {self.original_class.__name__} cannot be replaced: its adapter would be '
+                         'lost, or applied to another weight than it was trained on.',
+                         'Call liera_mm.merge_and_unload(model) first; or do this before adapt(). The values of the frozen '
+                         'weight are in frozen_weight')
+
+    @property
+    def frozen_weight(self) -> Tensor:
+        """The weight that was there before :meth:`adapt`: the parameter ``weight`` of the state dict, merged or not."""
+        return self.unmerged_weight if self.merged else self._parameters['weight']
 
     def effective_weight(self, dtype: Optional[torch.dtype] = None) -> Tensor:
         """The weight that the layer computes with, in the shape and memory format of the frozen one.
@@ -37,6 +80,10 @@ class AdaptedLayer:
         Args:
             dtype: Of the result; by default that of the frozen weight.
         """
+        if not torch.compiler.is_compiling() and _is_fx_tracing() and not self.merged:
+            proxy = _traced_weight(self, dtype)
+            if proxy is not None:
+                return proxy
         return effective_weights([self], dtype)[0]
 
     @property
@@ -47,20 +94,21 @@ class AdaptedLayer:
     @property
     def untrained(self) -> bool:
         """Whether the layer computes with the frozen weight itself, as it does at the start."""
-        frozen = self.unmerged_weight if self.merged else self.weight
-        return torch.equal(self.effective_weight(), frozen)
+        return torch.equal(self.effective_weight(), self.frozen_weight)
 
+    @torch.inference_mode(False)  # or else the parameter could not be trained, nor merged again, outside of it
     @torch.no_grad()
     def merge(self) -> None:
-        """Let ``weight`` hold the effective weight, and keep the frozen one aside. Repeating it changes nothing."""
+        """Let the parameter hold the effective weight, and keep the frozen one aside. Repeating it changes nothing."""
         if not self.merged:
-            frozen, self.weight.data = self.weight.data, self.effective_weight()
+            parameter = self._parameters['weight']
+            frozen, parameter.data = parameter.data, self.effective_weight()
             self.unmerged_weight = frozen
 
     def unmerge(self) -> None:
         """Undo :meth:`merge`, bit for bit: the very tensor is put back."""
         if self.merged:
-            self.weight.data, self.unmerged_weight = self.unmerged_weight, None
+            self._parameters['weight'].data, self.unmerged_weight = self.unmerged_weight, None
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         # A checkpoint holds the frozen weight next to its factors, merged or not: loading must not apply Δ twice.
@@ -70,96 +118,92 @@ class AdaptedLayer:
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         self.unmerge()
+        adapter = self._modules.get('adapter')
         base_alone = prefix + 'weight' in state_dict and not any(key.startswith(prefix + 'adapter.') for key in state_dict)
-        start_anew = base_alone and 'adapter' in self._modules and self.untrained
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        start_anew = base_alone and adapter is not None and self.untrained
+        if adapter is not None:
+            self._modules['adapter'] = None  # some layers derive more from the weight that they load
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        finally:
+            if adapter is not None:
+                self._modules['adapter'] = adapter
         if start_anew:
-            self.adapter.reset(self.weight)
+            adapter.reset(self.frozen_weight)
 
     def __reduce__(self):
         # Classes made for subclasses of torch's layers exist at run time only: pickle by the class they were made from.
         return _restore, (self.original_class, ), self.__dict__
 
 
-class _AdaptedConv(AdaptedLayer):
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, self.effective_weight(autocast_dtype(self.weight)), self.bias)
+# torch's forward passes, with the effective weight in the dtype of autocast, rather than cast to it from that of the frozen
 
 
-class _AdaptedConvTranspose(AdaptedLayer):
-
-    def forward(self, input: Tensor, output_size: Optional[List[int]] = None) -> Tensor:
-        spatial_dims = self.weight.dim() - 2
-        output_padding = self._output_padding(input, output_size, self.stride, self.padding, self.kernel_size,
-                                              spatial_dims, self.dilation)
-        conv_transpose = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[spatial_dims - 1]
-        weight = self.effective_weight(autocast_dtype(self.weight))
-        return conv_transpose(input, weight, self.bias, self.stride, self.padding, output_padding, self.groups,
-                              self.dilation)
+def _linear(self, input: Tensor) -> Tensor:
+    return F.linear(input, self.effective_weight(_operand_dtype(self)), self.bias)
 
 
-class AdaptedLinear(AdaptedLayer, nn.Linear):
-    original_class = nn.Linear
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.effective_weight(autocast_dtype(self.weight)), self.bias)
+def _conv(self, input: Tensor) -> Tensor:
+    return self._conv_forward(input, self.effective_weight(_operand_dtype(self)), self.bias)
 
 
-class AdaptedConv1d(_AdaptedConv, nn.Conv1d):
-    original_class = nn.Conv1d
+def _conv_transpose(self, input: Tensor, output_size: Optional[List[int]] = None) -> Tensor:
+    spatial_dims = len(self.kernel_size)
+    output_padding = self._output_padding(input, output_size, self.stride, self.padding, self.kernel_size, spatial_dims,
+                                          self.dilation)
+    conv_transpose = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[spatial_dims - 1]
+    weight = self.effective_weight(_operand_dtype(self))
+    return conv_transpose(input, weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation)
 
 
-class AdaptedConv2d(_AdaptedConv, nn.Conv2d):
-    original_class = nn.Conv2d
-
-
-class AdaptedConv3d(_AdaptedConv, nn.Conv3d):
-    original_class = nn.Conv3d
-
-
-class AdaptedConvTranspose1d(_AdaptedConvTranspose, nn.ConvTranspose1d):
-    original_class = nn.ConvTranspose1d
-
-
-class AdaptedConvTranspose2d(_AdaptedConvTranspose, nn.ConvTranspose2d):
-    original_class = nn.ConvTranspose2d
-
-
-class AdaptedConvTranspose3d(_AdaptedConvTranspose, nn.ConvTranspose3d):
-    original_class = nn.ConvTranspose3d
-
-
-_ADAPTED = {
-    adapted.original_class: adapted
-    for adapted in (AdaptedLinear, AdaptedConv1d, AdaptedConv2d, AdaptedConv3d, AdaptedConvTranspose1d,
-                    AdaptedConvTranspose2d, AdaptedConvTranspose3d)
+# Subclasses of torch's layers whose forward pass ends in super().forward() reach these
+_FORWARDS = {
+    base: type(base.__name__, (base, ), dict(forward=forward))
+    for forward, bases in {
+        _linear: [nn.Linear],
+        _conv: [nn.Conv1d, nn.Conv2d, nn.Conv3d],
+        _conv_transpose: [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d],
+    }.items() for base in bases
 }
 
 
 @functools.cache
 def adapted_class(cls: Type[nn.Module]) -> Type[AdaptedLayer]:
-    """The adapted counterpart of a layer class: torch's linear and convolution classes and their subclasses.
+    """The adapted counterpart of a layer class."""
+    forwards = [_FORWARDS[base] for base in cls.__mro__ if base in _FORWARDS]
+    own = [] if cls in _FORWARDS else [cls]
+    # torch.fx keeps the layers of torch as they are, and knows them by their module
+    namespace = dict(original_class=cls, __module__=cls.__module__, __qualname__=f'Adapted{cls.__qualname__}')
+    return type(f'Adapted{cls.__name__}', (AdaptedLayer, *own, *forwards), namespace)
+
+
+def check_layer(layer: nn.Module) -> None:
+    """Check that a layer computes with a weight that can be perturbed.
 
     Raises:
-        TypeError: If layers of that class compute with their weight in a way that is not torch's.
+        TypeError: If it does not; says why.
     """
-    base = next((c for c in cls.__mro__ if c in _ADAPTED), None)
-    if base is None:
-        raise TypeError(f'{cls.__name__} is none of the layer kinds that can be adapted: '
-                        f'{", ".join(c.__name__ for c in _ADAPTED)} and their subclasses')
-    if cls is base:
-        return _ADAPTED[base]
-    for ancestor in cls.__mro__[:cls.__mro__.index(base)]:
-        forward = vars(ancestor).get('forward')
-        # A forward that only prepares its input and calls super().forward() reaches ours; one that names the weight,
-        # or leaves the work to something else, computes with the frozen weight behind our back.
-        if forward is not None and ('weight' in _names(forward) or 'super' not in _names(forward)):
-            raise TypeError(f'{cls.__name__} computes with its weight in its own forward(), not as {base.__name__} does')
-    if cls is nn.modules.linear.NonDynamicallyQuantizableLinear:
-        raise TypeError(f'{cls.__name__} is the output projection of nn.MultiheadAttention, which reads the weight '
-                        'without calling the layer')
-    return type(f'Adapted{cls.__name__}', (cls, _ADAPTED[base]), dict(__module__=__name__, original_class=cls))
+    weight, computed = layer._parameters.get('weight'), inspect.getattr_static(type(layer), 'weight', None)
+    if weight is None or computed is not None:
+        raise TypeError('its weight is computed from other parameters (a parametrization or weight norm); remove that first')
+    if not weight.is_floating_point():
+        raise TypeError(f'its weight is of type {weight.dtype} (quantised, or packed), which no Δ can be applied to')
+    if weight.dim() < 2:
+        raise TypeError(f'its weight has the shape {tuple(weight.shape)}, which is no matrix or kernel')
+    if hasattr(layer, 'adapter'):
+        raise TypeError('it has an attribute called adapter already')
+
+
+def geometry(layer: nn.Module) -> Tuple[int, bool]:
+    """Groups of a layer, and whether its weight has the inputs in its first dimension, as transposed convolutions have.
+
+    Layers of other classes than torch's say so by the same attributes. The weight of transformers' ``Conv1D``, known by
+    ``nf``, is that of a transposed convolution with kernels of size 1.
+    """
+    groups = getattr(layer, 'groups', 1)
+    if not isinstance(groups, int) or groups < 1 or layer._parameters['weight'].shape[0] % groups:
+        groups = 1  # not those of a convolution
+    return groups, bool(getattr(layer, 'transposed', hasattr(layer, 'nf')))
 
 
 def effective_weights(layers: Sequence[nn.Module], dtype: Optional[torch.dtype] = None) -> List[Tensor]:
@@ -167,18 +211,19 @@ def effective_weights(layers: Sequence[nn.Module], dtype: Optional[torch.dtype] 
 
     Layers that are alike in shape and settings share every operation: a few launches on a GPU for a whole backbone.
     """
-    weights, groups, unmerged = {}, {}, []
-    with torch.autocast(layers[0].weight.device.type, enabled=False):
-        for layer in layers:
-            weight = layer.weight
+    weights, groups, formula = {}, {}, builtin_only()
+    held = {layer: layer._parameters['weight'] if isinstance(layer, AdaptedLayer) else layer.weight for layer in layers}
+    with torch.autocast(held[layers[0]].device.type, enabled=False):
+        for layer, weight in held.items():
             result = dtype or weight.dtype
             if not isinstance(layer, AdaptedLayer) or layer.merged:
                 weights[layer] = weight.to(result)
                 continue
-            unmerged.append(layer)
-            adapter, factors = layer.adapter, layer.adapter.factors()
+            adapter = layer.adapter
+            factors = None if formula else adapter.factors()
             if factors is None:
-                weights[layer] = UPDATES[layer.update](at_least_float32(weight), adapter())
+                moved = _by_formula(weight, adapter, layer.update, result)
+                weights[layer] = moved if formula else _in_format_of(weight, moved)
                 continue
             if isinstance(adapter, Dora):  # which takes a norm of it
                 result = torch.promote_types(factors[0].dtype, weight.dtype)
@@ -189,11 +234,10 @@ def effective_weights(layers: Sequence[nn.Module], dtype: Optional[torch.dtype] 
         for (*_, relative, update, scale, result), group in groups.items():
             a, b = zip(*group.values())
             rms = [at_least_float32(layer.adapter.rms) for layer in group] if relative else None
-            frozen = [layer.weight for layer in group]
-            weights.update(zip(group, moved_weights(frozen, a, b, scale, update, result, rms)))
-        for layer in unmerged:
-            effective = layer.adapter.finish(weights[layer]).to(dtype or layer.weight.dtype)
-            weights[layer] = _in_format_of(layer.weight, effective)
+            moved = moved_weights([held[layer] for layer in group], a, b, scale, update, result, rms)
+            for layer, tensor in zip(group, moved):
+                weight = held[layer]
+                weights[layer] = _in_format_of(weight, layer.adapter.finish(tensor).to(dtype or weight.dtype))
     return [weights[layer] for layer in layers]
 
 
@@ -202,6 +246,31 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype:
     device = tensor.device.type
     autocast = tensor.dtype != torch.float64 and device in ('cpu', 'cuda') and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if autocast else tensor.dtype
+
+
+def _operand_dtype(layer: AdaptedLayer) -> torch.dtype:
+    return autocast_dtype(layer._parameters['weight'])
+
+
+def _by_formula(weight: Tensor, adapter: Perturbation, update: str, dtype: torch.dtype) -> Tensor:
+    """The effective weight in operators of torch alone."""
+    return adapter.finish(UPDATES[update](at_least_float32(weight), adapter())).to(dtype)
+
+
+def _traced_weight(layer: AdaptedLayer, dtype: Optional[torch.dtype]) -> Optional[Proxy]:
+    """The effective weight as a node in the graph that torch.fx.symbolic_trace makes, so that its adapter keeps training.
+
+    None while torch traces by other means. Without this, the graph would have the values of now as a constant.
+    """
+    parameter = getattr(layer.adapter, next(iter(layer.adapter._parameters)))
+    if not isinstance(parameter, Proxy):
+        return None
+    tracer = parameter.tracer
+    path = tracer.path_of_module(layer)
+    frozen, adapter = (tracer.create_proxy('get_attr', f'{path}.{name}'.lstrip('.'), (), {})
+                       for name in ('frozen_weight', 'adapter'))
+    args = frozen, adapter, layer.update, dtype or layer._parameters['weight'].dtype
+    return tracer.create_proxy('call_function', _by_formula, args, {})
 
 
 def _in_format_of(frozen: Tensor, tensor: Tensor) -> Tensor:
@@ -216,38 +285,28 @@ def _in_format_of(frozen: Tensor, tensor: Tensor) -> Tensor:
     return tensor if tensor.stride() == strides else tensor.as_strided(tensor.shape, strides)
 
 
-def _names(function: Any) -> Set[str]:
-    """Names of the globals and attributes that a function and its inner functions use; none of what has no code."""
-    code = getattr(inspect.unwrap(function), '__code__', None)
-    codes, names = [code] if code else [], set()
-    while codes:
-        code = codes.pop()
-        names.update(code.co_names)
-        codes.extend(constant for constant in code.co_consts if inspect.iscode(constant))
-    return names
-
-
 def _restore(original_class: Type[nn.Module]) -> AdaptedLayer:
     adapted = adapted_class(original_class)
     return adapted.__new__(adapted)
 
 
+@torch.inference_mode(False)  # tensors that are made in it could never train
 def adapt_layer(layer: nn.Module, method: str, update: str, scale: str, rank: int, alpha: float) -> None:
     """Turn one layer into its adapted counterpart, in place. Its outputs stay as they were until the adapter trains.
 
     The arguments are those of :func:`liera_mm.adapt`.
 
     Raises:
-        TypeError: If the layer's class cannot be adapted (see :func:`adapted_class`).
+        TypeError: If the layer cannot be adapted (see :func:`check_layer`).
     """
-    adapted = adapted_class(type(layer))
-    transposed = getattr(layer, 'transposed', False)
+    check_layer(layer)
+    groups, transposed = geometry(layer)
     relative = scale == 'relative' and update in MULTIPLICATIVE
-    adapter = METHODS[method](layer.weight.detach(), getattr(layer, 'groups', 1), rank, alpha, transposed, relative)
+    adapter = METHODS[method](layer.weight.detach(), groups, rank, alpha, transposed, relative)
     layer.adapter = adapter.train(layer.training)
     layer.register_buffer('unmerged_weight', None, persistent=False)
     layer.method, layer.update = method, update
-    layer.__class__ = adapted
+    layer.__class__ = adapted_class(type(layer))
 
 
 def restore_class(module: nn.Module) -> None:
@@ -261,4 +320,4 @@ def restore_class(module: nn.Module) -> None:
 
 
 def _is_ours(cls: type) -> bool:
-    return cls.__module__.partition('.')[0] == __name__.partition('.')[0]
+    return issubclass(cls, AdaptedLayer) or cls.__module__.partition('.')[0] == __name__.partition('.')[0]

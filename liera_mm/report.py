@@ -44,7 +44,7 @@ def range_report(model: nn.Module) -> RangeReport:
             changed += int((delta <= -1).sum())
             taylor_weights += delta.numel()
         if layer.update in MULTIPLICATIVE:
-            zeros += int((_frozen_weight(layer) == 0).sum())
+            zeros += int((layer.frozen_weight == 0).sum())
     return RangeReport(largest, where, changed / max(taylor_weights, 1), zeros)
 
 
@@ -113,7 +113,7 @@ def numerical_rank(matrix: Tensor) -> int:
 
 @torch.no_grad()
 def _layer_report(name: str, layer: AdaptedLayer) -> LayerReport:
-    adapter, weight = copy.deepcopy(layer.adapter).double(), _frozen_weight(layer).double()
+    adapter, weight = copy.deepcopy(layer.adapter).double(), layer.frozen_weight.double()
     delta = adapter()
     change = adapter.finish(UPDATES[layer.update](weight, delta)) - weight
     if layer.untrained:
@@ -146,7 +146,3 @@ def _layer_report(name: str, layer: AdaptedLayer) -> LayerReport:
 def _quantile(values: Tensor, share: float) -> float:
     """The smallest value that is not below this share of the values; torch.quantile takes no more than 16 million."""
     return values.kthvalue(math.ceil(share * len(values))).values.item()
-
-
-def _frozen_weight(layer: AdaptedLayer) -> Tensor:
-    return layer.unmerged_weight if layer.merged else layer.weight

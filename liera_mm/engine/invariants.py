@@ -75,7 +75,7 @@ def check_finite(model: nn.Module) -> None:
 def check_movable(model: nn.Module) -> None:
     """Raise a SetupError if all of a layer's weight is zero, which no multiplicative update moves."""
     zero = [name for name, layer in adapted_layers(model)
-            if layer.update in MULTIPLICATIVE and not layer._parameters['weight'].any()]
+            if layer.update in MULTIPLICATIVE and not layer.frozen_weight.any()]
     if zero:
         raise SetupError(
             f'{len(zero)} adapted layers have nothing but zeros for a weight, which no multiplicative update moves: '

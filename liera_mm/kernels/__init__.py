@@ -17,3 +17,11 @@ def ops_for(*tensors: Tensor) -> ModuleType:
     else:
         from . import torch_ops as ops
     return ops
+
+
+def builtin_only() -> bool:
+    """Whether only operators of torch will do: in transforms of torch.func, and for torch.jit.trace.
+
+    These have no rules for our autograd functions, and would not see what is in them.
+    """
+    return torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
