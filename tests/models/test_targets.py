@@ -5,6 +5,7 @@ from mmdet.models.task_modules.assigners import AssignResult, MaxIoUAssigner
 from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder
 from mmdet.models.task_modules.prior_generators import AnchorGenerator
 from mmdet.models.task_modules.samplers import RandomSampler
+from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData
 
 from liera_mm.models.targets import assign, decode, encode, image_sizes, pad_boxes, sample
@@ -23,6 +24,13 @@ ASSIGNERS = dict(
     ignoring_regions=dict(RPN, ignore_iof_thr=.3, ignore_wrt_candidates=False))
 ANCHORS = torch.cat(AnchorGenerator([4, 8, 16, 32], [.5, 1., 2.], [8]).grid_priors(
     [(12, 16), (6, 8), (3, 4), (2, 2)], device='cpu'))
+
+
+@pytest.fixture(autouse=True)
+def mmdets_scope():
+    """In which assigners find what calculates overlaps, whatever ran before."""
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        yield
 
 
 def some_boxes(count, whole):
