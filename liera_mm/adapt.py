@@ -194,8 +194,11 @@ def match_layers(layers: Dict[str, nn.Module], targets: Sequence[str]) -> List[s
             pattern = _pattern(target)
             names = [name for name, layer in layers.items() if pattern.fullmatch(name) and _holds_kernel(layer)]
         if not names:
-            known = [name if layer_kind(layer) else f'{name}.*' for name, layer in layers.items() if name]
-            raise ValueError(f'target {target!r} matches no layer{_nearest(target, [*KINDS, *known])}')
+            known = [name for name, layer in layers.items() if name and _holds_kernel(layer)]
+            parents = {name[:i] for name in known for i, letter in enumerate(name) if letter == '.'}
+            kinds = {layer_kind(layers[name]) for name in known} - {None}
+            choices = [*sorted(kinds), *known, *(f'{name}.*' for name in sorted(parents))]
+            raise ValueError(f'target {target!r} matches no layer{_nearest(target, choices)}')
         matched.update(names)
     if not matched:
         raise ValueError('the model has no convolution and no linear layer to adapt')

@@ -3,7 +3,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Union
+from typing import Any, Dict, List, Mapping, Optional, Union
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +18,7 @@ from .wrappers import through_wrappers
 FORMAT = 'liera_mm-adapter-2'
 FORMAT_1 = 'liera_mm-adapter-1'  # without checksum and version
 NO_CHECKSUM = b'0' * 64
+NARROWER = (torch.float32, torch.float16, torch.bfloat16)  # precisions that a base may be converted to
 
 
 @through_wrappers
@@ -54,7 +55,8 @@ def save_adapter(model: nn.Module, path: Union[str, os.PathLike], dtype: Optiona
         format=FORMAT,
         version=__version__,
         config=json.dumps(model.liera),
-        fingerprint=json.dumps(fingerprint(model)))
+        fingerprint=json.dumps(fingerprint(model)),
+        rounded=json.dumps(_rounded(model)))
     write_atomically(path, seal(tensors, metadata))
 
 
@@ -142,9 +144,35 @@ def _read(model: nn.Module, path: Union[str, os.PathLike]) -> Dict[str, Tensor]:
     if different:
         raise ValueError(f'{path} was trained with another configuration: {different}')
     different = {name for name in base.keys() | here.keys() if base.get(name) != here.get(name)}
+    rounded = _parse(path, metadata, 'rounded') if 'rounded' in metadata else {}
+    state = model.state_dict()
+    different = {name for name in different if name not in state or name not in base
+                 or not _differs_in_precision(state[name], base[name], rounded.get(name, {}))}
     if different:
-        raise ValueError(f'{path} was trained on other frozen weights: {some(different)} of {len(base)} tensors differ')
+        converted = sorted({str(state[name].dtype)[6:] for name in different if name in state} - {'float32'})
+        hint = (f'. Here they are of {", ".join(converted)}: if it was trained on them before they were converted, load it '
+                'before converting the model') if converted else ''
+        raise ValueError(
+            f'{path} was trained on other frozen weights: {some(different)} of {len(base)} tensors differ{hint}')
     return tensors
+
+
+def _rounded(model: nn.Module) -> Dict[str, Dict[str, str]]:
+    """The hashes that frozen tensors have once they are converted to a narrower precision, by name and dtype."""
+    state = model.state_dict()
+    return {name: {str(dtype)[6:]: digest(state[name].to(dtype)) for dtype in _narrower(state[name])}
+            for name in frozen_names(model) if name in state}
+
+
+def _differs_in_precision(tensor: Tensor, theirs: str, rounded: Dict[str, str]) -> bool:
+    """Whether a tensor is another one after conversion: that one's hash is known, or this one can be converted."""
+    return (digest(tensor) == rounded.get(str(tensor.dtype)[6:])
+            or any(digest(tensor.to(dtype)) == theirs for dtype in _narrower(tensor)))
+
+
+def _narrower(tensor: Tensor) -> List[torch.dtype]:
+    return [dtype for dtype in NARROWER
+            if tensor.is_floating_point() and torch.finfo(dtype).bits < torch.finfo(tensor.dtype).bits]
 
 
 def differences(theirs: Dict[str, Any], ours: Dict[str, Any]) -> str:

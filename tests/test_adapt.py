@@ -781,3 +781,13 @@ def test_a_weight_without_a_unit(method, value):
     assert torch.equal(layer[0].effective_weight(), layer[0].frozen_weight)
     layer[0].effective_weight().sum().backward()
     assert all(p.grad.isfinite().all() for p in layer[0].adapter.parameters())
+
+
+@pytest.mark.parametrize('target', ['linear', 'pointwise', 'norm', 'stem'])
+def test_nearest_target_is_one_that_matches(target):
+    model = nn.ModuleDict({'stem': nn.Sequential(nn.Conv2d(3, 4, 3)), 'norm': nn.BatchNorm2d(4)})
+    with pytest.raises(ValueError, match='matches no layer') as error:
+        adapt(model, targets=[target])
+    for suggested in re.findall("did you mean '(.*)'", str(error.value)):
+        assert suggested != target
+        adapt(copy.deepcopy(model), targets=[suggested])

@@ -486,3 +486,19 @@ def test_fingerprint_sees_the_precision(net):
     adapt(net)
     before, after = fingerprint(net), fingerprint(net.double())
     assert all(before[name] != after[name] for name in before)
+
+
+@pytest.mark.parametrize('trained, used', [
+    (torch.float32, torch.float16), (torch.float32, torch.bfloat16), (torch.float16, torch.float32),
+    (torch.float64, torch.float32)], ids=str)
+def test_own_base_in_another_precision(net, tmp_path, trained, used):
+    """Of the precision that has fewer bits, the base is the other one rounded: that is no other base."""
+    base = net.half() if torch.float16 in (trained, used) and trained != torch.float32 else net
+    first, second = copy.deepcopy(base).to(trained), copy.deepcopy(base).to(used)
+    adapt(first, rank=2)
+    save_adapter(first, tmp_path / 'a.safetensors')
+    load_adapter(adapt(second, rank=2), tmp_path / 'a.safetensors')
+    with torch.no_grad():
+        second.head.weight.mul_(2)
+    with pytest.raises(ValueError, match='other frozen weights: head.weight of'):
+        load_adapter(second, tmp_path / 'a.safetensors')
