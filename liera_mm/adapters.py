@@ -69,6 +69,7 @@ def set_adapter(model: nn.Module, name: str) -> nn.Module:
     return model
 
 
+@torch.inference_mode(False)  # a copy made in it could never train
 def start_adapter(model: nn.Module, name: str) -> None:
     """Make an adapter of that name the active one, with memory of its own; it begins as a copy of the one before."""
     if name != active_adapter(model):
@@ -206,6 +207,7 @@ def _current(model: nn.Module) -> Adapter:
     return Adapter(tensors, model.liera, scales)
 
 
+@torch.inference_mode(False)  # a copy made in it could never train
 def _exchange(model: nn.Module, name: str, adapter: Adapter) -> None:
     """Make an adapter the active one, under that name, and park the one that was."""
     frozen = frozen_names(model)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..algebra import at_least_float32
+from ..kernels import builtin_only
 from ..kernels import convnext as fused
 from ..layers import autocast_dtype, effective_weights
 from .backbones import adapt_or_freeze, refuse_leftovers
@@ -30,7 +31,8 @@ class LieRAConvNeXt(PretrainedBackbone, ConvNeXt):
 
     Args:
         liera: Arguments of :func:`liera_mm.adapt`; None for a backbone that is frozen and nothing else.
-        fast: Whether to use the fast forward pass. Norms other than ``LN2d`` and activations other than the exact
+        fast: Whether to use the fast forward pass, except for an empty batch, in transforms of torch.func and where torch
+            traces, as to count FLOPs. Norms other than ``LN2d`` and activations other than the exact
             ``GELU`` never do.
         **kwargs: Arguments of mmpretrain's ``ConvNeXt``.
     """
@@ -50,7 +52,7 @@ class LieRAConvNeXt(PretrainedBackbone, ConvNeXt):
         self.fast = fast and isinstance(norm, LayerNorm2d) and isinstance(act, nn.GELU) and act.approximate == 'none'
 
     def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
-        if not self.fast:
+        if not self.fast or not isinstance(x, Tensor) or not x.numel() or builtin_only():
             return super().forward(x)
         x, outs = x.to(autocast_dtype(x)).permute(0, 2, 3, 1), []
         with torch.autocast(x.device.type, enabled=False):

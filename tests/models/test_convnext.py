@@ -3,6 +3,7 @@ import copy
 
 import pytest
 import torch
+from mmengine.analysis import get_model_complexity_info
 
 import liera_mm
 from liera_mm.kernels import convnext, weight
@@ -188,3 +189,14 @@ def test_on_the_gpu(version, trained, dtype, tolerance):
     for name, right in expected_grads.items():
         allowed = max(5 * tolerance, 1.5 * difference(stock_grads[name].cpu(), right))
         assert difference(grads[name].cpu(), right) < allowed, name
+
+
+def test_empty_batch_and_flops_are_those_of_the_stock_network():
+    model = build(dict(rank=2), dtype=torch.float32)
+    outputs = model(torch.zeros(0, 3, 64, 64))
+    sum(output.sum() for output in outputs).backward()
+    assert all(len(output) == 0 for output in outputs)
+    flops = []
+    for model.fast in (True, False):
+        flops.append(get_model_complexity_info(model, (3, 64, 64), show_table=False, show_arch=False)['flops'])
+    assert flops[0] == flops[1] > 0
