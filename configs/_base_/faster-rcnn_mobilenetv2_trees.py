@@ -5,6 +5,16 @@ _base_ = 'faster-rcnn_mobilenetv2_transfer.py'
 data_root = 'data/trees/'
 classes = ('Tree', )
 model = dict(roi_head=dict(bbox_head=dict(num_classes=len(classes))))
+
+# Colours and sizes vary, for the few tiles are of one place and the detector is tested on another
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', with_bbox=True),
+    dict(type='PhotoMetricDistortion'),
+    dict(type='RandomResize', scale=(640, 480), ratio_range=(0.75, 1.5), keep_ratio=True),
+    dict(type='RandomFlip', prob=[0.25, 0.25, 0.25], direction=['horizontal', 'vertical', 'diagonal']),
+    dict(type='PackDetInputs')
+]
 train_dataloader = dict(
     batch_size=4,
     num_workers=1,
@@ -20,7 +30,7 @@ train_dataloader = dict(
             data_prefix=dict(img='train2017/'),
             metainfo=dict(classes=classes),
             filter_cfg=dict(filter_empty_gt=True),
-            pipeline={{_base_.train_pipeline}})))
+            pipeline=train_pipeline)))
 val_dataloader = dict(
     batch_size=1,
     num_workers=1,
