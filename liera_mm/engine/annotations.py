@@ -171,7 +171,7 @@ def check_annotations(path: str, content: Dict[str, Any], classes: Sequence[str]
         raise SetupError(
             f'{len(strange)} of {len(annotations)} annotations of {path} have a category_id that no category has, the first '
             f'is {strange[0]["category_id"]!r} ({_name(strange[0])}): they would be lost',
-            f'Correct them, or list the category: it has the ids {", ".join(map(repr, list(known)[:10]))}')
+            f'Correct them, or list the category: there are {", ".join(repr(c["id"]) for c in content["categories"][:10])}')
     wanted = {category['id'] for category in content['categories'] if category['name'] in set(classes)}
     entries = [a for a in annotations if a['image_id'] in where and not a.get('ignore')]
     rows = column(path, 'annotations', entries, 'bbox', {list})
@@ -273,7 +273,7 @@ def check_ground_truth(path: str, content: Dict[str, Any], classes: Sequence[str
 
 def _check_references(path: str, what: str, plural: str, theirs: Sequence[Any], ours: Set[Any]) -> None:
     """Raise a SetupError if ids would match, were they not text in one place and numbers in the other."""
-    mistaken = next((value for value in set(theirs) - set(ours) if _other_type(value) in ours), None)
+    mistaken = next((value for value in theirs if value not in ours and _other_type(value) in ours), None)
     if mistaken is not None:
         kinds = ('text', 'a number') if isinstance(mistaken, str) else ('a number', 'text')
         raise SetupError(
