@@ -40,10 +40,12 @@ class AdaptedLayer:
         """The effective weight, for code that reads it; computed anew each time, so that writing into it changes nothing.
 
         The parameter itself while the layer is merged, or its adapter is taken out (:func:`without_adapters`) to load or
-        initialise what it had before. Another parameter cannot take its place.
+        initialise what it had before; and while it is in shards, where torch reads it to manage them. Another parameter
+        cannot take its place.
         """
-        if self.merged or self._modules.get('adapter') is None:
-            return self._parameters['weight']
+        parameter = self._parameters['weight']
+        if self.merged or self._modules.get('adapter') is None or hasattr(parameter, 'to_local'):
+            return parameter
         return self.effective_weight()
 
     @weight.setter

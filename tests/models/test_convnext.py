@@ -25,8 +25,10 @@ def build(liera=None, dtype=torch.float64, **kwargs):
     settings = dict(arch=arch, out_indices=[0, 1, 2, 3], gap_before_final_norm=False, drop_path_rate=.3)
     model = LieRAConvNeXt(liera=liera, **{**settings, **VERSIONS['v2'], **kwargs}).to(dtype)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(.1 * torch.randn_like(parameter))
+        for module in model.modules():
+            unit = getattr(module, 'rms', None)  # what a relative Δ is divided by
+            for parameter in module.parameters(recurse=False):
+                parameter.add_((.1 if unit is None else .1 * unit) * torch.randn_like(parameter))
     return model.train()
 
 
