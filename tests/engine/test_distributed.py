@@ -35,13 +35,14 @@ from liera_mm.errors import SetupError
 ROOT = Path(__file__).parents[2]
 DIGITS_CONFIG = ROOT / 'configs/digits/mask-rcnn_convnextv2-mini_liera_digits.py'
 WRAPPER = Config.fromfile(ROOT / 'configs/_base_/mask-rcnn_convnextv2-b_coco.py').model_wrapper_cfg.to_dict()
+# With this alpha, relative steps are as large as plain ones of the default: larger ones would magnify rounding errors
 SETTINGS = {
     'full': None,
-    'lora': dict(rank=2),
-    'norms': dict(rank=2, train_norm=True, train_bias=True),
-    'pissa': dict(rank=2, method='pissa'),
-    'dora': dict(rank=2, method='dora'),
-    'wrapped': dict(rank=2),
+    'lora': dict(rank=2, alpha=.1),
+    'norms': dict(rank=2, alpha=.1, train_norm=True, train_bias=True),
+    'pissa': dict(rank=2, alpha=.1, method='pissa'),
+    'dora': dict(rank=2, alpha=.1, method='dora'),
+    'wrapped': dict(rank=2, alpha=.1),
 }
 SHARDS = dict(runner_type='FlexibleRunner', strategy=dict(type='FullyShardStrategy'))
 
