@@ -102,7 +102,8 @@ def test_loss_of_the_page_falls(page):
 def test_only_adapters_of_the_page_trained(page):
     start, end = page['adapted_model']().state_dict(), page['model'].state_dict()
     moved = {name for name in start if not torch.equal(start[name], end[name])}
-    assert moved == {name for name in start if '.adapter.' in name} != set()
+    factors = {name for name in start if '.adapter.' in name and not name.endswith('.rms')}
+    assert moved == factors != set()
 
 
 @torch.no_grad()

@@ -155,7 +155,7 @@ UNUSED = {'model.backbone.out_indices': [0, 1, 2], 'model.neck.in_channels': [24
 def test_part_of_the_backbone_that_the_detector_does_not_use(make_runner):
     """Here the last stage; with train_norm its norms too. It stays as it is, and checkpoints go on."""
     runner = make_runner(**UNUSED, **{'model.backbone.liera.train_norm': True})
-    weight = runner.model.backbone.stages[3][0].depthwise_conv.weight
+    weight = runner.model.backbone.stages[3][0].depthwise_conv.frozen_weight
     runner.train()
     assert 'LieRA  the detector does not use parts of the backbone: ' in log_of(runner)
     assert not any(layer.adapter.B.any() for _, layer in adapted_layers(runner.model.backbone.stages[3]))
