@@ -66,6 +66,7 @@ def classes_of(split: str, dataset: Dict[str, Any], cls: Type[BaseDataset]) -> S
     return cls._load_metainfo(metainfo).get('classes')
 
 
+@coco.without_garbage_collection()
 def check_coco(split: str, dataset: Dict[str, Any], keep: bool = False) -> None:
     """Check the annotations of a ``CocoDataset`` by its config, and that the images are there that they name.
 
@@ -136,7 +137,8 @@ class _ReadBefore:
         super().__init__(annotation_file if content is None else None)
         if content is not None:
             self.dataset = content
-            self.createIndex()
+            with coco.without_garbage_collection():
+                self.createIndex()
             self.img_ann_map, self.cat_img_map = self.imgToAnns, self.catToImgs
 
 
