@@ -217,10 +217,10 @@ def detector_options(digits, **options):
 
 @pytest.fixture(scope='module')
 def detector(run, digits, tmp_path_factory):
-    """A detector that two processes have trained for two steps on images without objects."""
+    """A detector that two processes have trained for two steps on images of which only one has an object."""
     folder = tmp_path_factory.mktemp('detector')
     annotations = json.loads((digits / 'annotations/instances_train2017.json').read_text())
-    (folder / 'none.json').write_text(json.dumps(dict(annotations, annotations=[])))
+    (folder / 'none.json').write_text(json.dumps(dict(annotations, annotations=annotations['annotations'][:1])))
     options = detector_options(digits, **{
         'train_dataloader.dataset.ann_file': str(folder / 'none.json'), 'train_dataloader.batch_size': 1,
         'train_dataloader.dataset.filter_cfg.filter_empty_gt': False, 'default_hooks.checkpoint.interval': 1})

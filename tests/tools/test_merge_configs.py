@@ -32,6 +32,7 @@ SMALL = dict(
                 mask_roi_extractor=dict(out_channels=8),
                 mask_head=dict(in_channels=8, conv_out_channels=8, num_classes=1)))),
     digits=dict(),
+    transfer=dict(),
     vtab=dict(model=dict(backbone=dict(arch=dict(ARCH, _delete_=True), init_cfg=None), head=dict(in_channels=16))))
 
 TRAIN_AND_TEST = '''
