@@ -499,6 +499,6 @@ def test_own_base_in_another_precision(net, tmp_path, trained, used):
     save_adapter(first, tmp_path / 'a.safetensors')
     load_adapter(adapt(second, rank=2), tmp_path / 'a.safetensors')
     with torch.no_grad():
-        second.head.weight.mul_(2)
+        second.head.frozen_weight.mul_(2)
     with pytest.raises(ValueError, match='other frozen weights: head.weight of'):
         load_adapter(second, tmp_path / 'a.safetensors')

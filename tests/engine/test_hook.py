@@ -206,7 +206,7 @@ def test_a_teacher_that_is_frozen_by_design(make_runner, perturb):
     assert all(layer.merged for _, layer in adapted_layers(teacher))
     hook.after_val_epoch(runner)
     with torch.no_grad():
-        student.backbone.stages[0][0].depthwise_conv.weight.mul_(1.1)
+        student.backbone.stages[0][0].depthwise_conv.frozen_weight.mul_(1.1)
     refused(functools.partial(hook.after_train_epoch, runner), 'frozen tensors have changed .*: student.backbone')
     hook.after_train(runner)
 

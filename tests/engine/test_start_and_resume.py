@@ -70,7 +70,7 @@ def train(on_the_cpu, tmp_path_factory):
     """A function that trains an adapted classifier for two epochs of three steps, and gives its work dir and a Watch."""
     count = itertools.count()
 
-    def run(setting, init_cfg=BACKBONE['init_cfg'], until=None, lr=.1, **options):
+    def run(setting, init_cfg=BACKBONE['init_cfg'], until=None, lr=.01, **options):
         work_dir, watch = tmp_path_factory.mktemp('work_dir'), Watch(until)
         runner = Runner(
             dict(type='PictureClassifier', backbone=dict(BACKBONE, liera=setting, init_cfg=init_cfg)),

@@ -184,7 +184,7 @@ def test_layerwise_learning_rates(name, decay_type):
     (dict(rank=0), 'rank must be a whole number of at least 1, not 0'),
     (dict(method='loha'), "unknown method 'loha'.*known: lora"),
     (dict(update='tailor'), "unknown update 'tailor'; did you mean 'taylor'"),
-    (dict(targets=['depthwize']), "'depthwize' matches no layer; did you mean 'depthwise'"),
+    (dict(targets=['convv']), "'convv' matches no layer; did you mean 'conv'"),
     (dict(ranks=3), "unknown setting 'ranks'; did you mean 'rank'"),
 ])
 def test_bad_settings(name, liera, message):
