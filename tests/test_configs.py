@@ -28,6 +28,7 @@ COCO_CONFIGS = {
     'lora_r16': (RANK_16, 'additive', 'lora'),
     'lora_r32': (RANK_32, 'additive', 'lora'),
     'liera_r16': (RANK_16, 'taylor', 'lora'),
+    'liera-plain_r16': (RANK_16, 'taylor', 'lora'),
     'liera_r32': (RANK_32, 'taylor', 'lora'),
     'liera-exp_r16': (RANK_16, 'exp', 'lora'),
     'liera-compact_r16': (3_977_600, 'taylor', 'dense'),
@@ -236,7 +237,7 @@ def test_transfer_worlds_differ_in_data_and_classes_alone():
     cells, trees = (read(f'faster-rcnn_mobilenetv2_liera_{world}').to_dict() for world in ('cells', 'trees'))
     for cfg in (cells, trees):
         assert len(cfg.pop('classes')) == cfg['model']['roi_head']['bbox_head'].pop('num_classes')
-        for key in ('data_root', 'val_evaluator', 'test_evaluator', *(f'{split}_dataloader' for split in (
+        for key in ('data_root', 'train_pipeline', 'val_evaluator', 'test_evaluator', *(f'{split}_dataloader' for split in (
                 'train', 'val', 'test'))):
             cfg.pop(key)
     assert cells == trees
