@@ -308,7 +308,9 @@ class GradientWatch:
 
     def _step(self, wrapper: OptimWrapper, step: Callable[..., None], **kwargs: Any) -> None:
         self.check()  # known by now
-        parameters = [p for group in wrapper.optimizer.param_groups for p in group['params'] if p.grad is not None]
+        # In shards, a process can have nothing of a tensor
+        parameters = [p for group in wrapper.optimizer.param_groups for p in group['params']
+                      if p.grad is not None and local(p.grad).numel()]
         self.grads = [local(p.grad) for p in parameters]
         if self.grads:
             # The largest absolute value, for a sum of squares can overflow
