@@ -31,8 +31,8 @@ $(VENV)/ready: $(REQUIREMENTS) pyproject.toml
 	python -m pip install -r $(REQUIREMENTS) -e .
 	touch $@
 
-data/digits: $(VENV)/ready tools/make_digits_coco.py
-	python tools/make_digits_coco.py $@
+data/digits: $(VENV)/ready tools/dataset_converters/make_digits_coco.py
+	python tools/dataset_converters/make_digits_coco.py $@
 
 clean:
 	rm -rf $(VENV) data/digits demo

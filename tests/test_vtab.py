@@ -9,8 +9,8 @@ import torch
 from mmengine.registry import MODELS, DefaultScope
 
 import liera_mm
+from liera_mm.core.errors import SetupError
 from liera_mm.engine.cli import load_config
-from liera_mm.errors import SetupError
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / 'configs/vtab'

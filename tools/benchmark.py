@@ -37,8 +37,8 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 from tqdm import tqdm, trange
 
-from liera_mm.adapt import layer_kind
-from liera_mm.algebra import factor_shapes
+from liera_mm.core.adapt import layer_kind
+from liera_mm.core.algebra import factor_shapes
 from liera_mm.engine.invariants import LossWatch
 
 ROOT = Path(__file__).parents[1]

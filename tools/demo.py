@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Train the digits detector with LieRA and with a frozen backbone, test both, and show what came out.
 
-Needs data/digits (tools/make_digits_coco.py). Writes demo/sheet.png, ground truth beside predictions, and prints a table.
+Needs data/digits (tools/dataset_converters/make_digits_coco.py). Writes demo/sheet.png, ground truth beside predictions,
+and prints a table.
 """
 import json
 import subprocess
@@ -14,7 +15,8 @@ import liera_mm  # before MMDetection, which may need the operators that liera_m
 # isort: split
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
-from sheet import draw_sheet
+
+from liera_mm.engine.sheet import draw_sheet
 
 CONFIGS = dict(LieRA='configs/digits/mask-rcnn_convnextv2-mini_liera_digits.py',
                frozen='configs/digits/mask-rcnn_convnextv2-mini_frozen_digits.py')

@@ -14,11 +14,11 @@ from typing import List, Optional, Sequence
 
 # Before anything of MMDetection, which may need the operators that liera_mm stands in for
 import liera_mm
-from liera_mm.adapt import table_lines
+from liera_mm.core.adapt import table_lines
+from liera_mm.core.errors import SetupError
+from liera_mm.core.report import QUANTILES, LayerReport
 from liera_mm.engine.checkpoint import load_trained
 from liera_mm.engine.cli import check_checkpoint, check_weights, exit_clearly, load_config
-from liera_mm.errors import SetupError
-from liera_mm.report import QUANTILES, LayerReport
 
 # isort: split
 import matplotlib

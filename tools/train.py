@@ -3,6 +3,7 @@
 import argparse
 import os
 
+from liera_mm.core.errors import SetupError
 from liera_mm.engine.checkpoint import latest_checkpoint
 from liera_mm.engine.cli import (
     add_options,
@@ -14,7 +15,6 @@ from liera_mm.engine.cli import (
     config_of,
     exit_clearly,
 )
-from liera_mm.errors import SetupError
 
 
 def main() -> None:

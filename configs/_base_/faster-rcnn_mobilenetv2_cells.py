@@ -1,4 +1,4 @@
-# Blood cells in photographs of 640x480 (tools/make_cells_coco.py): 292 to train on, 73 steps an epoch
+# Blood cells in photographs of 640x480 (tools/dataset_converters/make_cells_coco.py): 292 to train on, 73 steps an epoch
 _base_ = 'faster-rcnn_mobilenetv2_transfer.py'
 
 data_root = 'data/cells/'

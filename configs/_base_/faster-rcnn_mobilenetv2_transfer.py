@@ -1,7 +1,7 @@
 # A Faster R-CNN that learns from a few hundred photographs in a minute on a GPU: MobileNetV2 with torchvision's ImageNet
-# weights (tools/make_mobilenetv2_weights.py), slim FPN and heads from scratch. A world gives its classes and data. The
-# backbone is frozen; neck and heads train. The statistics of its batch norms are those of ImageNet in every method, full
-# fine-tuning included (norm_eval): batches of 4 have none that are worth anything.
+# weights (tools/model_converters/make_mobilenetv2_weights.py), slim FPN and heads from scratch. A world gives its classes
+# and data. The backbone is frozen; neck and heads train. The statistics of its batch norms are those of ImageNet in every
+# method, full fine-tuning included (norm_eval): batches of 4 have none that are worth anything.
 _base_ = ['mmdet::_base_/default_runtime.py']
 custom_imports = dict(imports=['liera_mm'], allow_failed_imports=False)
 

@@ -1,5 +1,5 @@
-# Tree crowns in tiles of aerial photographs of about 400x400 (tools/make_trees_coco.py): 34 tiles to train on, each nine
-# times an epoch, which makes 77 steps
+# Tree crowns in tiles of aerial photographs of about 400x400 (tools/dataset_converters/make_trees_coco.py): 34 tiles to
+# train on, each nine times an epoch, which makes 77 steps
 _base_ = 'faster-rcnn_mobilenetv2_transfer.py'
 
 data_root = 'data/trees/'

@@ -1,6 +1,6 @@
 # A Mask R-CNN that learns in minutes on two CPU cores: ConvNeXt-V2 of 1.1 M parameters and slim heads, 160x160 images.
 # It starts from printed glyphs (see mask-rcnn_convnextv2-mini_pretrain_glyphs.py) and moves to handwritten digits on
-# photographs, in COCO's layout (tools/make_digits_coco.py). The backbone is frozen; neck and heads train.
+# photographs, in COCO's layout (tools/dataset_converters/make_digits_coco.py). The backbone is frozen; neck and heads train.
 _base_ = ['mmdet::_base_/default_runtime.py']
 custom_imports = dict(imports=['liera_mm'], allow_failed_imports=False)
 

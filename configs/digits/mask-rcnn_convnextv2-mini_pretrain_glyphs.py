@@ -1,5 +1,5 @@
-# The second stage of tools/pretrain_mini.py, which makes the weights that the digits configs start from: the whole
-# detector trains on printed letters and shapes over procedural textures.
+# The second stage of tools/model_converters/pretrain_mini.py, which makes the weights that the digits configs start from:
+# the whole detector trains on printed letters and shapes over procedural textures.
 _base_ = 'mask-rcnn_convnextv2-mini_full_digits.py'
 
 classes = tuple('ABCDEFGHJKLMNPQRSTUVWXYZ') + ('circle', 'ring', 'triangle', 'square', 'star', 'cross')

@@ -20,7 +20,7 @@ def check() -> None:
     for package, oldest in OLDEST.items():
         version = version_of(package)
         if version is None or _numbers(version) < _numbers(oldest):
-            from ..errors import SetupError
+            from ..core.errors import SetupError
             found = f'this is {version}' if version else 'it is not installed'
             raise SetupError(f'liera_mm needs {package} {oldest} or later; {found}',
                              'Install what requirements.txt lists or, for the official releases, requirements-official.txt')

@@ -11,7 +11,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Set, Type
 
 import numpy as np
 
-from ..errors import SetupError
+from ..core.errors import SetupError
 
 NUMBER, ID = {int, float}, {int, float, str}
 SAMPLE = 1000  # annotations whose polygons are looked at

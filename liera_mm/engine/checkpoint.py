@@ -32,8 +32,8 @@ from mmengine.runner.checkpoint import (
 )
 from torch import nn
 
-from ..checkpoint import digest, write_atomically
-from ..errors import SetupError
+from ..core.checkpoint import digest, write_atomically
+from ..core.errors import SetupError
 from ..models.pretrained import RECORD, encode_record, load_from_safetensors, pretrained_backbones
 
 TRUST = 'LIERA_MM_TRUST_CHECKPOINTS'

@@ -22,7 +22,7 @@ from mmengine.fileio import list_from_file
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from ..errors import SetupError
+from ..core.errors import SetupError
 from ..models.pretrained import check_prefix
 from .data import DataChecks, check_coco, classes_of, dataset_class, reads_coco
 

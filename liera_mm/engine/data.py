@@ -27,7 +27,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..errors import SetupError
+from ..core.errors import SetupError
 from . import annotations as coco
 
 IMAGES = 100  # that are looked at before a training, where looking at all would take long

@@ -12,10 +12,10 @@ from mmengine.runner import EpochBasedTrainLoop, FlexibleRunner, Runner
 from mmengine.runner.base_loop import BaseLoop
 from torch import nn
 
-from ..adapt import adapter_names, merge, summary, unmerge
-from ..errors import SetupError
+from ..core.adapt import adapter_names, merge, summary, unmerge
+from ..core.errors import SetupError
+from ..core.report import range_report
 from ..models.pretrained import RECORD, decode_record, pretrained_backbones
-from ..report import range_report
 from . import invariants
 from .checkpoint import CheckpointWithoutBase, random_state, set_random_state
 from .data import DataChecks

@@ -14,12 +14,12 @@ from mmengine.optim import OptimWrapper, OptimWrapperDict
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..adapt import adapted_layers, adapter_names, intended_parameters, named_layers, some
-from ..checkpoint import digest
-from ..errors import SetupError
-from ..group import MULTIPLICATIVE
+from ..core.adapt import adapted_layers, adapter_names, intended_parameters, named_layers, some
+from ..core.checkpoint import digest
+from ..core.errors import SetupError
+from ..core.group import MULTIPLICATIVE
+from ..core.report import range_report
 from ..models.pretrained import pretrained_backbones
-from ..report import range_report
 from .sharding import in_shards, local
 
 SAMPLES = 1024  # of each frozen tensor

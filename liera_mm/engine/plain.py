@@ -6,7 +6,7 @@ from mmengine.config import Config
 from mmengine.registry import HOOKS, Registry, root
 from mmengine.utils import get_object_from_string
 
-from ..errors import SetupError
+from ..core.errors import SetupError
 
 PACKAGE = __name__.partition('.')[0]
 REGISTRIES = [registry for registry in vars(root).values() if isinstance(registry, Registry)]

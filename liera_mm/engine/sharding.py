@@ -14,7 +14,7 @@ from mmengine.utils import get_git_hash
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..errors import SetupError
+from ..core.errors import SetupError
 from ..models.pretrained import pretrained_backbones
 
 

@@ -8,8 +8,8 @@ from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import nn
 
-from ..adapt import adapt, check_choice, logger
-from ..errors import SetupError
+from ..core.adapt import adapt, check_choice, logger
+from ..core.errors import SetupError
 from .pretrained import PretrainedBackbone, note_loaded
 
 

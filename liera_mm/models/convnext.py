@@ -13,10 +13,10 @@ from mmpretrain.models.utils import LayerNorm2d
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..algebra import at_least_float32
-from ..kernels import builtin_only
-from ..kernels import convnext as fused
-from ..layers import autocast_dtype, effective_weights
+from ..core.algebra import at_least_float32
+from ..core.kernels import builtin_only
+from ..core.kernels import convnext as fused
+from ..core.layers import autocast_dtype, effective_weights
 from .backbones import adapt_or_freeze, refuse_leftovers
 from .pretrained import PretrainedBackbone
 

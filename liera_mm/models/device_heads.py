@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.modules.utils import _pair
 from torch.nn.utils.rnn import pad_sequence
 
-from ..kernels import ops_for
+from ..core.kernels import ops_for
 from .masks import DeviceMasks
 from .targets import Boxes, Samples, assign, decode, encode, image_sizes, pad_boxes, sample, take, unsupported
 

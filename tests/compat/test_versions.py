@@ -8,7 +8,7 @@ from operators import fallback_only
 from processes import check_python, fake_transformers, run_python
 
 from liera_mm.compat import versions
-from liera_mm.errors import SetupError
+from liera_mm.core.errors import SetupError
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,7 +56,7 @@ def test_an_import_beside_an_old_mmdet(tmp_path):
     """Ends with the two lines, before anything of that mmdet was executed."""
     write_package(tmp_path, 'mmdet', '2.28.2', 'raise RuntimeError("imported")')
     error = run_python('import liera_mm', tmp_path).stderr.splitlines()
-    assert error[-2] == ('liera_mm.errors.SetupError: liera_mm needs mmdet '
+    assert error[-2] == ('liera_mm.core.errors.SetupError: liera_mm needs mmdet '
                          f'{versions.OLDEST["mmdet"]} or later; this is 2.28.2')
     assert error[-1].startswith('Install what requirements.txt lists')
 

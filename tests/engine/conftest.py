@@ -27,7 +27,8 @@ def digits(make_once):
     """Folder of four images to train on and two to validate on."""
     options = ['--train', '4', '--val', '2', '--size', '64', '--workers', '1']
     return make_once('digits', lambda out: subprocess.run(
-        [sys.executable, ROOT / 'tools/make_digits_coco.py', out, *options], check=True, capture_output=True))
+        [sys.executable, ROOT / 'tools/dataset_converters/make_digits_coco.py', out, *options],
+        check=True, capture_output=True))
 
 
 @pytest.fixture(scope='session')

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 
+from liera_mm.core.errors import SetupError
 from liera_mm.engine import cli
-from liera_mm.errors import SetupError
 
 ROOT = Path(__file__).parents[2]
 COCO = 'configs/mask-rcnn_convnextv2-b_liera_r16.py'

@@ -27,10 +27,10 @@ from mmengine.registry import MODELS
 from pictures import IMAGES
 from yapf.yapflib import yapf_api
 
+from liera_mm.core.errors import SetupError
 from liera_mm.engine.checkpoint import read_checkpoint
 from liera_mm.engine.cli import build_runner, load_config
 from liera_mm.engine.sharding import local
-from liera_mm.errors import SetupError
 
 ROOT = Path(__file__).parents[2]
 DIGITS_CONFIG = ROOT / 'configs/digits/mask-rcnn_convnextv2-mini_liera_digits.py'

@@ -15,10 +15,10 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import MODELS, OPTIM_WRAPPERS, DefaultScope
 
 import liera_mm
-from liera_mm.adapt import adapted_layers
-from liera_mm.checkpoint import digest
+from liera_mm.core.adapt import adapted_layers
+from liera_mm.core.checkpoint import digest
+from liera_mm.core.errors import SetupError
 from liera_mm.engine.checkpoint import read_checkpoint
-from liera_mm.errors import SetupError
 from liera_mm.models.pretrained import decode_record
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'on_the_cpu')

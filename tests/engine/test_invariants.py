@@ -9,9 +9,9 @@ from mmengine.optim import OptimWrapper
 from torch import nn
 
 import liera_mm
-from liera_mm.adapt import adapted_layers
+from liera_mm.core.adapt import adapted_layers
+from liera_mm.core.errors import SetupError
 from liera_mm.engine import invariants
-from liera_mm.errors import SetupError
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'on_the_cpu')
 

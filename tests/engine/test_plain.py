@@ -9,9 +9,9 @@ from mmengine.registry import HOOKS, MODELS, TASK_UTILS
 from torch import nn
 
 import liera_mm
+from liera_mm.core.errors import SetupError
 from liera_mm.engine import FullyShardStrategy
 from liera_mm.engine.plain import REGISTRIES, plain_config, stock_type
-from liera_mm.errors import SetupError
 from liera_mm.models import DeviceMaskPreprocessor, DeviceRandomSampler, LieRABackbone, LieRAConvNeXt
 
 SWIN = dict(type='SwinTransformer', embed_dims=24)

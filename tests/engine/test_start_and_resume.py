@@ -14,9 +14,9 @@ from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from pictures import IMAGES
 
-from liera_mm.algebra import METHODS
+from liera_mm.core.algebra import METHODS
+from liera_mm.core.group import UPDATES
 from liera_mm.engine.cli import load_config
-from liera_mm.group import UPDATES
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'on_the_cpu')
 

@@ -24,6 +24,7 @@ from mmengine.runner import checkpoint as mmengine_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader
 from safetensors.torch import load_file
 
+from liera_mm.core.errors import SetupError
 from liera_mm.engine.checkpoint import (
     TRUST,
     CheckpointBackend,
@@ -32,7 +33,6 @@ from liera_mm.engine.checkpoint import (
     read_checkpoint,
     set_random_state,
 )
-from liera_mm.errors import SetupError
 from liera_mm.models.pretrained import decode_record
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'on_the_cpu')

@@ -7,7 +7,7 @@ import torch
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
-from liera_mm.adapt import adapted_layers, intended_parameters, is_norm
+from liera_mm.core.adapt import adapted_layers, intended_parameters, is_norm
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

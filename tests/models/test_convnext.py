@@ -6,7 +6,7 @@ import torch
 from mmengine.analysis import get_model_complexity_info
 
 import liera_mm
-from liera_mm.kernels import convnext, weight
+from liera_mm.core.kernels import convnext, weight
 from liera_mm.models import LieRAConvNeXt
 
 VERSIONS = {
@@ -158,7 +158,7 @@ def test_deepcopy():
 @pytest.mark.parametrize('version, update', [('v1', 'exp'), ('v2', 'taylor')])
 def test_with_the_kernels_interpreted(version, update, monkeypatch):
     """All of it with the Triton kernels, without a GPU."""
-    triton_ops = pytest.importorskip('liera_mm.kernels.triton_ops', reason='Triton is not installed')
+    triton_ops = pytest.importorskip('liera_mm.core.kernels.triton_ops', reason='Triton is not installed')
     if torch.cuda.is_available():
         pytest.skip('the kernels are compiled here')
     model = build(dict(rank=2, update=update, train_norm=True, train_bias=True), drop_path_rate=0., **VERSIONS[version])

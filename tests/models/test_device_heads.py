@@ -294,7 +294,8 @@ def test_the_host_never_waits(monkeypatch):
         for layer in extractor.roi_layers:
             monkeypatch.setattr(layer, 'forward', lambda x, rois, layer=layer: x[rois[:, 0].long()][:, :, :1, :1].expand(
                 -1, -1, *layer.output_size))
-    monkeypatch.setattr('liera_mm.kernels.torch_ops.nms_kept', lambda boxes, threshold: boxes[..., 2] > 5)  # has a kernel
+    # The fused NMS has a kernel of its own
+    monkeypatch.setattr('liera_mm.core.kernels.torch_ops.nms_kept', lambda boxes, threshold: boxes[..., 2] > 5)
     x, data = features(), samples()
     with NoWaiting():
         losses, proposals = rpn.loss_and_predict(x, copy.deepcopy(data), proposal_cfg=ConfigDict(PROPOSALS))

@@ -56,7 +56,7 @@ def run_stock():
 def tiny_digits(make_once, run_tool):
     """Folder of six images to train on and three to validate on."""
     return make_once('tiny_digits', lambda out: run_tool(
-        'make_digits_coco.py', out, '--train', 6, '--val', 3, '--size', 160, '--workers', 1))
+        'dataset_converters/make_digits_coco.py', out, '--train', 6, '--val', 3, '--size', 160, '--workers', 1))
 
 
 @pytest.fixture(scope='session')

@@ -8,7 +8,7 @@ import torch
 from mmengine.model import BaseModel
 from mmengine.registry import DefaultScope
 
-from liera_mm.errors import SetupError
+from liera_mm.core.errors import SetupError
 
 ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location('benchmark', ROOT / 'tools/benchmark.py')
@@ -75,7 +75,8 @@ def test_settings_change_what_their_names_say(build, name):
 
 def test_settings_are_measured_on_what_their_dataloaders_give(build, monkeypatch, run_tool, tmp_path):
     """Two epochs of two batches each, after one that does not count."""
-    run_tool('make_digits_coco.py', tmp_path, '--train', 4, '--val', 1, '--size', 64, '--workers', 1, '--coco-names')
+    run_tool('dataset_converters/make_digits_coco.py', tmp_path, '--train', 4, '--val', 1, '--size', 64, '--workers', 1,
+             '--coco-names')
     steps = []
 
     def step(variant, data):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 # Python files that run nothing are modules, which commands share
-TOOLS = [tool for tool in sorted((Path(__file__).parents[2] / 'tools').glob('*.*'))
+TOOLS = [tool for tool in sorted((Path(__file__).parents[2] / 'tools').rglob('*.*'))
          if tool.suffix == '.sh' or "if __name__ == '__main__':" in tool.read_text()]
 
 

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-TOOL = Path(__file__).parents[2] / 'tools/detector_matrix.py'
+TOOL = Path(__file__).parents[2] / 'tools/analysis_tools/detector_matrix.py'
 
 
 def run(out, *arguments):

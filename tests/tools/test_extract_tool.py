@@ -10,8 +10,8 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
 import liera_mm
+from liera_mm.core.errors import SetupError
 from liera_mm.engine.checkpoint import read_checkpoint
-from liera_mm.errors import SetupError
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

@@ -11,9 +11,9 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
 import liera_mm
-from liera_mm.algebra import METHODS
-from liera_mm.errors import SetupError
-from liera_mm.group import UPDATES
+from liera_mm.core.algebra import METHODS
+from liera_mm.core.errors import SetupError
+from liera_mm.core.group import UPDATES
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

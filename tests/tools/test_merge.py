@@ -9,9 +9,9 @@ from mmdet.apis import inference_detector, init_detector
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
+from liera_mm.core.errors import SetupError
 from liera_mm.engine.checkpoint import leave_out_base
 from liera_mm.engine.plain import plain_config
-from liera_mm.errors import SetupError
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

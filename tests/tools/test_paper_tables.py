@@ -1,4 +1,4 @@
-"""tools/paper_tables.py: every figure of the paper is met, or the table says why not."""
+"""tools/analysis_tools/paper_tables.py: every figure of the paper is met, or the table says why not."""
 import importlib.util
 import shutil
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-spec = importlib.util.spec_from_file_location('paper_tables_tool', ROOT / 'tools/paper_tables.py')
+spec = importlib.util.spec_from_file_location('paper_tables_tool', ROOT / 'tools/analysis_tools/paper_tables.py')
 tool = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tool)
 
@@ -94,7 +94,7 @@ def test_missing_package(package, monkeypatch):
 
 
 def test_tool_prints_an_aligned_table(rows, run_tool):
-    printed = run_tool('paper_tables.py')
+    printed = run_tool('analysis_tools/paper_tables.py')
     lines = tool.as_table(rows).splitlines()
     assert '\n'.join(lines) in printed
     ends = {line.index(text) + len(text) for line, text in (

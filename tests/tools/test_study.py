@@ -1,4 +1,4 @@
-"""tools/study.py: every run is trained once, however often the script is stopped and called again."""
+"""tools/analysis_tools/study.py: every run is trained once, however often the script is stopped and called again."""
 import json
 import multiprocessing
 import os
@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 
-from liera_mm.errors import SetupError
+from liera_mm.core.errors import SetupError
 
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / 'tools'))
+sys.path.append(str(ROOT / 'tools/analysis_tools'))
 
 import study  # noqa: E402
 import study_run  # noqa: E402
@@ -66,7 +66,7 @@ def call(monkeypatch, tmp_path, capsys, data):
     def run(command, *args):
         data_option = () if command == 'report' else ('--data', str(data))
         monkeypatch.setattr(sys, 'argv', [
-            'study.py', command, '--out', str(tmp_path), '--worlds', 'digits', *data_option, *args])
+            'analysis_tools/study.py', command, '--out', str(tmp_path), '--worlds', 'digits', *data_option, *args])
         capsys.readouterr()
         study.main()
         return capsys.readouterr().out
@@ -103,7 +103,7 @@ def plan(monkeypatch, tmp_path):
         plans = []
         with monkeypatch.context() as patch:
             patch.setattr(study, 'run_command', lambda args: plans.extend(study.plan(args)))
-            patch.setattr(sys, 'argv', ['study.py', 'run', '--out', str(tmp_path), *args])
+            patch.setattr(sys, 'argv', ['analysis_tools/study.py', 'run', '--out', str(tmp_path), *args])
             patch.setattr(signal, 'signal', lambda *_: None)
             study.main()
         return plans

@@ -11,8 +11,8 @@ from mmengine.runner import Runner
 from PIL import Image
 
 import liera_mm  # noqa: F401
+from liera_mm.core.errors import SetupError
 from liera_mm.engine.cli import check_data, load_config
-from liera_mm.errors import SetupError
 
 CONFIG = 'configs/vtab/convnextv2-b_liera_r2.py'
 COLOURS = [(150, 0, 0), (0, 150, 0), (0, 0, 150), (150, 150, 0)]  # of the four classes that kitti has

@@ -25,7 +25,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
     # torchvision compares with a double; an IoU of exactly 0.3 in float32 is above that, and mmcv keeps the box.
     iou_threshold = torch.tensor(iou_threshold, dtype=boxes.dtype, device='cpu').item()
     if boxes.is_cuda:  # where torchvision takes milliseconds for the boxes of one image
-        from ...kernels import ops_for
+        from ...core.kernels import ops_for
         return ops_for(boxes).nms(boxes, scores, iou_threshold)
     return torch.ops.torchvision.nms(boxes, scores, iou_threshold)
 

@@ -1,0 +1,1 @@
+"""The method itself: pure torch, for any ``nn.Module``. Nothing here imports OpenMMLab or the packages above."""

@@ -1,0 +1,205 @@
+"""Adapter files: what was trained on top of a frozen model, in one safetensors file that says which model that was."""
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Union
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from ..version import __version__
+from .adapt import BEFORE, some
+from .adapters import adapter_state_dict, frozen_names, start_adapter
+from .wrappers import through_wrappers
+
+FORMAT = 'liera_mm-adapter-2'
+FORMAT_1 = 'liera_mm-adapter-1'  # without checksum and version
+NO_CHECKSUM = b'0' * 64
+NARROWER = (torch.float32, torch.float16, torch.bfloat16)  # precisions that a base may be converted to
+
+
+@through_wrappers
+def fingerprint(model: nn.Module) -> Dict[str, str]:
+    """A short hash of every frozen tensor, by name. Linear and 1x1 forms of the same weight have the same hash."""
+    state, frozen = model.state_dict(), frozen_names(model)
+    return {name: digest(state[name]) for name in state if name in frozen}
+
+
+@through_wrappers
+def save_adapter(model: nn.Module, path: Union[str, os.PathLike], dtype: Optional[torch.dtype] = None) -> None:
+    """Write :func:`adapter_state_dict` with the configuration and the base's fingerprint in its header.
+
+    The file appears under its name only when it is complete, and holds a checksum of every byte in it.
+
+    Args:
+        model: The adapted model, with its base weights in place.
+        path: The safetensors file to write.
+        dtype: Of floating-point tensors in the file, such as ``torch.float16`` for one of half the size; by default
+            that of the model.
+
+    Raises:
+        ValueError: If a tensor has values that are not finite, or not in ``dtype``.
+    """
+    tensors = {}
+    for name, tensor in adapter_state_dict(model).items():
+        floating = tensor.is_floating_point()
+        # Copies, since a layer can be in the model under two names, and safetensors refuses tensors that share memory
+        narrower = dtype if floating and tensor.dim() else None  # the unit of a Δ is one number, and not rounded
+        tensors[name] = tensor.detach().to('cpu', narrower, copy=True).contiguous()
+        if floating and not torch.isfinite(tensors[name]).all():
+            raise ValueError(f'the adapter was not saved: {name} has values that are not finite in {tensors[name].dtype}')
+    metadata = dict(
+        format=FORMAT,
+        version=__version__,
+        config=json.dumps(model.liera),
+        fingerprint=json.dumps(fingerprint(model)),
+        rounded=json.dumps(_rounded(model)))
+    write_atomically(path, seal(tensors, metadata))
+
+
+@through_wrappers
+def load_adapter(model: nn.Module,
+                 source: Union[str, os.PathLike, Mapping[str, Tensor]],
+                 name: str = 'default') -> nn.Module:
+    """Load an adapter into a model that was adapted in the same way, strictly; on an error nothing has changed.
+
+    Args:
+        model: The adapted model, with its base weights in place.
+        source: A file of :func:`save_adapter`, whose configuration and fingerprint must be the model's, or the tensors
+            alone (:func:`adapter_state_dict`).
+        name: What the adapter is called. It becomes the active one; others stay loaded, and
+            :func:`liera_mm.set_adapter` returns to them.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: If the source is damaged, has other tensors or shapes, holds values that are not finite, or was
+            trained with another configuration or on other frozen weights.
+    """
+    expected = adapter_state_dict(model)
+    tensors = dict(source) if isinstance(source, Mapping) else _read(model, source)
+    missing, unexpected = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+    if missing or unexpected:
+        raise ValueError(f'the adapter does not fit the model: missing {some(missing)}; unexpected {some(unexpected)}')
+    for key, tensor in tensors.items():
+        if tensor.shape != expected[key].shape:
+            raise ValueError(f'the adapter does not fit the model: {key} is {tuple(tensor.shape)}, '
+                             f'the model has {tuple(expected[key].shape)}')
+        if tensor.is_floating_point() != expected[key].is_floating_point():
+            raise ValueError(f'the adapter does not fit the model: {key} is {tensor.dtype}, '
+                             f'the model has {expected[key].dtype}')
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f'the adapter is damaged: {key} has values that are not finite')
+    start_adapter(model, name)
+    model.load_state_dict(tensors, strict=False)
+    return model
+
+
+def seal(tensors: Dict[str, Tensor], metadata: Dict[str, str]) -> bytes:
+    """A safetensors file whose metadata has a checksum of all of it, computed with zeros in the checksum's place."""
+    data = save(tensors, dict(metadata, checksum=NO_CHECKSUM.decode()))
+    end = 8 + int.from_bytes(data[:8], 'little')
+    header = json.loads(data[8:end])
+    header['__metadata__'] = dict(sorted(header['__metadata__'].items()))  # safetensors has them in random order
+    text = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode()
+    data = data[:8] + text.ljust(end - 8) + data[end:]
+    return data.replace(NO_CHECKSUM, _checksum(data), 1)
+
+
+def write_atomically(path: Union[str, os.PathLike], data: bytes) -> None:
+    """Write a file such that it has its old contents or all of the new ones, whenever the process is killed."""
+    path = Path(path)
+    partial = path.with_name(path.name + f'.{os.getpid()}.partial')
+    try:
+        with open(partial, 'wb') as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def digest(tensor: Tensor) -> str:
+    """A short hash of a tensor's values in its dtype; not of its shape."""
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def _read(model: nn.Module, path: Union[str, os.PathLike]) -> Dict[str, Tensor]:
+    data = Path(path).read_bytes()
+    try:
+        metadata = json.loads(data[8:8 + int.from_bytes(data[:8], 'little')]).get('__metadata__') or {}
+        _check_format(path, data, metadata)
+        tensors = load(data)
+    except (SafetensorError, json.JSONDecodeError, UnicodeError, AttributeError, RecursionError) as error:
+        raise ValueError(f'{path} is no adapter file, or a damaged one: {error}') from error
+    config, base = (_parse(path, metadata, key) for key in ('config', 'fingerprint'))
+    ours, here = json.loads(json.dumps(model.liera)), fingerprint(model)
+    different = differences({**BEFORE, **config}, ours)
+    if different:
+        raise ValueError(f'{path} was trained with another configuration: {different}')
+    different = {name for name in base.keys() | here.keys() if base.get(name) != here.get(name)}
+    rounded = _parse(path, metadata, 'rounded') if 'rounded' in metadata else {}
+    state = model.state_dict()
+    different = {name for name in different if name not in state or name not in base
+                 or not _differs_in_precision(state[name], base[name], rounded.get(name, {}))}
+    if different:
+        converted = sorted({str(state[name].dtype)[6:] for name in different if name in state} - {'float32'})
+        hint = (f'. Here they are of {", ".join(converted)}: if it was trained on them before they were converted, load it '
+                'before converting the model') if converted else ''
+        raise ValueError(
+            f'{path} was trained on other frozen weights: {some(different)} of {len(base)} tensors differ{hint}')
+    return tensors
+
+
+def _rounded(model: nn.Module) -> Dict[str, Dict[str, str]]:
+    """The hashes that frozen tensors have once they are converted to a narrower precision, by name and dtype."""
+    state = model.state_dict()
+    return {name: {str(dtype)[6:]: digest(state[name].to(dtype)) for dtype in _narrower(state[name])}
+            for name in frozen_names(model) if name in state}
+
+
+def _differs_in_precision(tensor: Tensor, theirs: str, rounded: Dict[str, str]) -> bool:
+    """Whether a tensor is another one after conversion: that one's hash is known, or this one can be converted."""
+    return (digest(tensor) == rounded.get(str(tensor.dtype)[6:])
+            or any(digest(tensor.to(dtype)) == theirs for dtype in _narrower(tensor)))
+
+
+def _narrower(tensor: Tensor) -> List[torch.dtype]:
+    return [dtype for dtype in NARROWER
+            if tensor.is_floating_point() and torch.finfo(dtype).bits < torch.finfo(tensor.dtype).bits]
+
+
+def differences(theirs: Dict[str, Any], ours: Dict[str, Any]) -> str:
+    """What is not the same in two configurations: ``rank 2, here 3; ...``; nothing if they are equal."""
+    return '; '.join(f'{key} {theirs.get(key)!r}, here {ours.get(key)!r}' for key in sorted(theirs.keys() | ours.keys())
+                     if theirs.get(key) != ours.get(key))
+
+
+def _check_format(path: Union[str, os.PathLike], data: bytes, metadata: Dict[str, str]) -> None:
+    if metadata.get('format') == FORMAT_1 and metadata.keys() == {'format', 'config', 'fingerprint'}:
+        return
+    if metadata.get('format') != FORMAT:
+        raise ValueError(f'{path} is no adapter file of a known format: {metadata.get("format")!r}, not {FORMAT!r}')
+    checksum = str(metadata.get('checksum')).encode()
+    if _checksum(data.replace(checksum, NO_CHECKSUM, 1)) != checksum:
+        raise ValueError(f'{path} is no adapter file, or a damaged one: its checksum is not that of its contents')
+
+
+def _checksum(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=32).hexdigest().encode()
+
+
+def _parse(path: Union[str, os.PathLike], metadata: Dict[str, str], key: str) -> Dict[str, Any]:
+    try:
+        value = json.loads(metadata[key])
+    except (KeyError, json.JSONDecodeError):
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f'{path} is a damaged adapter file: its {key} cannot be read')
+    return value

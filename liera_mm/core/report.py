@@ -1,0 +1,148 @@
+"""Reports on trained perturbations: how far they have gone, and which rank the change of each weight has."""
+import copy
+import math
+from typing import List, NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from .adapt import adapted_layers, layer_kind, scale_of
+from .algebra import factor_shapes
+from .group import MULTIPLICATIVE, UPDATES
+from .layers import AdaptedLayer
+from .wrappers import through_wrappers
+
+QUANTILES = (.5, .9, .99, 1.)
+
+
+class RangeReport(NamedTuple):
+    """How far the perturbations of a model have gone.
+
+    Attributes:
+        max_delta: Largest absolute value in any Δ.
+        max_delta_layer: Name of the layer that has it.
+        sign_change_share: Share of the weights under ``taylor`` with Δ <= -1, where the update leaves the group.
+        zero_weights: Number of frozen weights that are zero, which no multiplicative update can move.
+    """
+    max_delta: float
+    max_delta_layer: str
+    sign_change_share: float
+    zero_weights: int
+
+
+@through_wrappers
+@torch.no_grad()
+def range_report(model: nn.Module) -> RangeReport:
+    """The state of every Δ in one report; see :class:`RangeReport`."""
+    largest, where, changed, taylor_weights, zeros = -1.0, '', 0, 0, 0
+    for name, layer in adapted_layers(model):
+        delta = layer.adapter()
+        peak = delta.abs().max().item()
+        if not (peak <= largest or math.isnan(largest)):  # a NaN is the largest of all
+            largest, where = peak, name
+        if layer.update == 'taylor':
+            changed += int((delta <= -1).sum())
+            taylor_weights += delta.numel()
+        if layer.update in MULTIPLICATIVE:
+            zeros += int((layer.frozen_weight == 0).sum())
+    return RangeReport(largest, where, changed / max(taylor_weights, 1), zeros)
+
+
+class LayerReport(NamedTuple):
+    """What training has done to one layer's weight W. Norms are Frobenius norms.
+
+    Attributes:
+        layer: Name of the layer.
+        kind: Its kind, see :func:`~liera_mm.core.adapt.layer_kind`.
+        method: Name of the parameterisation of Δ.
+        update: Name of the rule that applies Δ.
+        scale: What Δ is measured in, see :func:`~liera_mm.core.adapt.scale_of`.
+        matrix: Rows n and columns m of the weight's matrix view, see :func:`~liera_mm.core.algebra.factor_shapes`.
+        delta_rank: Largest rank that Δ can have as a matrix: the rows of A, rank · k (PiSSA's two products: twice that), or
+            min(n, m) where that is less. Under ``additive`` it is the rank capacity of the paper's Section 4.4.
+        rank: Numerical rank of the weight's change, as a matrix, see :func:`numerical_rank`; 0 where nothing has changed,
+            None where it is not finite. A multiplicative update can give more than ``delta_rank``, up to min(n, m).
+        relative_change: ‖W' - W‖ / ‖W‖ with the updated weight W', by which updates can be compared; None where it is not
+            finite, as with a weight of zeros.
+        delta_quantiles: |Δ| that the shares ``QUANTILES`` of its entries do not exceed; the last is the largest. In units of
+            the weight under ``additive``, without a unit otherwise.
+        taylor_error: ‖exp(Δ) - 1 - Δ‖, what the Taylor form (Eq. 8) leaves out; None under ``additive``.
+        relative_taylor_error: The same as a share of ‖Δ‖; None under ``additive``.
+        sign_change_share: Share of the weights with Δ <= -1, where ``taylor`` leaves the group; None under other updates.
+        parameters: Number of trained parameters of the perturbation.
+        weights: Number of weights that they perturb.
+    """
+    layer: str
+    kind: str
+    method: str
+    update: str
+    scale: str
+    matrix: Tuple[int, int]
+    delta_rank: int
+    rank: Optional[int]
+    relative_change: Optional[float]
+    delta_quantiles: Tuple[float, ...]
+    taylor_error: Optional[float]
+    relative_taylor_error: Optional[float]
+    sign_change_share: Optional[float]
+    parameters: int
+    weights: int
+
+
+@through_wrappers
+def layer_reports(model: nn.Module) -> List[LayerReport]:
+    """A :class:`LayerReport` of every adapted layer, in the model's order; computed in float64, on the layer's device."""
+    return [_layer_report(name, layer) for name, layer in adapted_layers(model)]
+
+
+def numerical_rank(matrix: Tensor) -> int:
+    """Number of singular values above 1e-6 of the largest; 0 for a matrix of zeros.
+
+    They are the square roots of the smaller Gram matrix's eigenvalues, many times faster to have than a singular value
+    decomposition. The price is resolution: in float64 an eigenvalue is off by about 1e-16 of the largest, times up to the
+    size of the matrix, so that singular values below 1e-6 of the largest cannot safely be told from zero.
+
+    Args:
+        matrix: The matrix, ``(n, m)``; finite.
+    """
+    wide = matrix.double()
+    wide = wide.T if len(wide) > wide.shape[1] else wide
+    eigenvalues = torch.linalg.eigvalsh(wide @ wide.T)
+    return int((eigenvalues > 1e-12 * eigenvalues[-1]).sum())
+
+
+@torch.no_grad()
+def _layer_report(name: str, layer: AdaptedLayer) -> LayerReport:
+    adapter, weight = copy.deepcopy(layer.adapter).double(), layer.frozen_weight.double()
+    delta = adapter()
+    change = adapter.finish(UPDATES[layer.update](weight, delta)) - weight
+    if layer.untrained:
+        change.zero_()  # in float64, DoRA's magnitude differs from the norm it was set to in the layer's precision
+    (_, columns), (rows, _) = factor_shapes(weight.shape, adapter.groups, rank=1)
+    factors = adapter.factors()
+    change = change.reshape(rows, columns)
+    taylor_error = relative_error = None
+    if layer.update in MULTIPLICATIVE:
+        taylor_error = (torch.expm1(delta) - delta).norm().item()
+        relative_error = taylor_error / norm if (norm := delta.norm().item()) else 0.
+    return LayerReport(
+        name,
+        layer_kind(layer),
+        layer.method,
+        layer.update,
+        scale_of(layer),
+        matrix=(rows, columns),
+        delta_rank=min(rows, columns, len(factors[0]) if factors else rows),
+        rank=numerical_rank(change) if torch.isfinite(change).all() else None,
+        relative_change=share if math.isfinite(share := (change.norm() / weight.norm()).item()) else None,
+        delta_quantiles=tuple(_quantile(delta.abs().flatten(), share) for share in QUANTILES),
+        taylor_error=taylor_error,
+        relative_taylor_error=relative_error,
+        sign_change_share=(delta <= -1).double().mean().item() if layer.update == 'taylor' else None,
+        parameters=sum(p.numel() for p in adapter.parameters()),
+        weights=weight.numel())
+
+
+def _quantile(values: Tensor, share: float) -> float:
+    """The smallest value that is not below this share of the values; torch.quantile takes no more than 16 million."""
+    return values.kthvalue(math.ceil(share * len(values))).values.item()

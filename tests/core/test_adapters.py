@@ -1,0 +1,170 @@
+"""Several adapters on one base: switching between them, switching them off, and back, bit for bit."""
+import copy
+
+import pytest
+import torch
+
+from liera_mm import adapt, adapter_state_dict, adapters_off, load_adapter, merge, save_adapter, set_adapter, unmerge
+from liera_mm.core.adapt import adapted_layers
+from liera_mm.core.adapters import active_adapter
+from liera_mm.core.algebra import METHODS
+from liera_mm.core.group import UPDATES
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+NAMES = ['cats', 'dogs', 'birds']
+SETTINGS = dict(plain=dict(rank=2), norms=dict(rank=2, train_norm=True, train_bias=True))
+
+
+@pytest.fixture(params=SETTINGS)
+def settings(request):
+    return SETTINGS[request.param]
+
+
+@pytest.fixture
+def tasks(net, settings, perturb, image, tmp_path):
+    """File and output of three models that were trained on the same base; their batch norms have seen images."""
+    tasks = {}
+    for name in NAMES:
+        model = perturb(adapt(copy.deepcopy(net), **settings)).train()
+        model(image)
+        save_adapter(model.eval(), tmp_path / name)
+        tasks[name] = (tmp_path / name, model(image).detach())
+    return tasks
+
+
+@pytest.fixture
+def shared(net, settings, tasks):
+    """One model with all three."""
+    model = adapt(copy.deepcopy(net), **settings)
+    for name, (path, _) in tasks.items():
+        load_adapter(model, path, name)
+    return model
+
+
+def test_each_is_what_it_was_alone(shared, tasks, image):
+    assert active_adapter(shared) == 'birds'
+    for name in [*NAMES, *reversed(NAMES), 'cats', 'birds', 'birds']:
+        assert set_adapter(shared, name) is shared
+        assert torch.equal(shared(image), tasks[name][1])
+
+
+def test_the_adapter_before_any_was_loaded_is_still_there(net, settings, tasks, image):
+    expected = net(image)
+    model = adapt(net, **settings)
+    load_adapter(model, tasks['cats'][0], 'cats')
+    assert not torch.equal(model(image), expected)
+    assert torch.equal(set_adapter(model, 'default')(image), expected)
+
+
+def test_keys_parameters_and_the_base_stay(shared):
+    keys, parameters = list(shared.state_dict()), list(shared.parameters())
+    memory = [parameter.data_ptr() for parameter in parameters if not parameter.requires_grad]
+    for name in NAMES:
+        set_adapter(shared, name)
+        assert list(shared.state_dict()) == keys
+        assert all(a is b for a, b in zip(shared.parameters(), parameters))
+        assert [parameter.data_ptr() for parameter in parameters if not parameter.requires_grad] == memory
+
+
+def test_files_of_each(shared, tasks, tmp_path):
+    for name in NAMES:
+        save_adapter(set_adapter(shared, name), tmp_path / 'again')
+        assert (tmp_path / 'again').read_bytes() == tasks[name][0].read_bytes()
+
+
+def test_one_can_be_trained_without_the_others(shared, tasks, perturb, image):
+    perturb(set_adapter(shared, 'dogs'))
+    moved = shared(image)
+    assert not torch.equal(moved, tasks['dogs'][1])
+    for name in ('cats', 'birds'):
+        assert torch.equal(set_adapter(shared, name)(image), tasks[name][1])
+    assert torch.equal(set_adapter(shared, 'dogs')(image), moved)
+
+
+def test_loading_again_replaces(shared, tasks, image):
+    load_adapter(shared, tasks['cats'][0], 'birds')  # the active one
+    assert torch.equal(shared(image), tasks['cats'][1])
+    load_adapter(shared, tasks['dogs'][0], 'cats')  # one of the others
+    assert torch.equal(shared(image), tasks['dogs'][1])
+    assert torch.equal(set_adapter(shared, 'birds')(image), tasks['cats'][1])
+
+
+def test_a_refused_file_changes_nothing(shared, tasks, image, tmp_path):
+    (tmp_path / 'bad').write_bytes(b'bad')
+    with pytest.raises(ValueError, match='no adapter file'):
+        load_adapter(shared, tmp_path / 'bad', 'fish')
+    assert active_adapter(shared) == 'birds' and torch.equal(shared(image), tasks['birds'][1])
+    with pytest.raises(ValueError, match="no adapter 'fish' is loaded; there are birds, cats, default, dogs"):
+        set_adapter(shared, 'fish')
+
+
+def test_merged_models_stay_merged(shared, tasks, image):
+    merge(shared)
+    for name in NAMES:
+        set_adapter(shared, name)
+        assert all(layer.merged for _, layer in adapted_layers(shared))
+        torch.testing.assert_close(shared(image), tasks[name][1])
+    unmerge(shared)
+    assert torch.equal(shared(image), tasks[NAMES[-1]][1])
+
+
+def test_the_model_may_move_between(shared, tasks, image):
+    shared.double()
+    for name in NAMES:
+        torch.testing.assert_close(set_adapter(shared, name)(image.double()).float(), tasks[name][1])
+    assert {tensor.dtype for tensor in adapter_state_dict(shared).values()} <= {torch.float64, torch.int64}
+
+
+def test_copies_have_their_own(shared, tasks, perturb, image):
+    perturb(set_adapter(copy.deepcopy(shared), 'cats'))
+    assert torch.equal(set_adapter(shared, 'cats')(image), tasks['cats'][1])
+
+
+# Off
+
+
+@pytest.mark.parametrize('merged', [False, True], ids=['unmerged', 'merged'])
+@pytest.mark.parametrize(('method', 'update'), [(m, u) for m in METHODS for u in UPDATES])
+def test_off(net, perturb, image, method, update, merged):
+    expected = net(image)
+    model = perturb(adapt(net, rank=2, method=method, update=update))
+    if merged:
+        merge(model)
+    adapted, state = model(image), copy.deepcopy(model.state_dict())
+    with adapters_off(model) as same:
+        assert same is model and torch.equal(model(image), expected)
+        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+        merge(model)
+        assert torch.equal(model(image), expected)
+    assert torch.equal(model(image), adapted)
+    assert all(layer.merged == merged for _, layer in adapted_layers(model))
+
+
+@pytest.mark.parametrize('settings', [SETTINGS['plain']])
+def test_switching_while_off(shared, tasks, net, image):
+    expected = net(image)
+    net.stem[1].load_state_dict(shared.stem[1].state_dict())
+    with adapters_off(shared):
+        for name in NAMES:
+            set_adapter(shared, name)
+            net.stem[1].load_state_dict(shared.stem[1].state_dict())  # its statistics belong to the adapter
+            assert torch.equal(shared(image), net(image)) and not torch.equal(shared(image), expected)
+    assert torch.equal(shared(image), tasks[NAMES[-1]][1])
+
+
+def test_off_after_an_error(shared, tasks, image, settings):
+    if 'train_norm' in settings:
+        with pytest.raises(ValueError, match='norms or biases of this model were trained in place'), adapters_off(shared):
+            pass
+    else:
+        with pytest.raises(ZeroDivisionError), adapters_off(shared):
+            1 / 0  # noqa: B018
+    assert torch.equal(shared(image), tasks['birds'][1])
+
+
+def test_a_model_that_is_not_adapted(net):
+    with pytest.raises(ValueError, match='not adapted'):
+        set_adapter(net, 'default')
+    with pytest.raises(ValueError, match='not adapted'), adapters_off(net):
+        pass

@@ -1,0 +1,132 @@
+"""From weights back to the adapter: what an adapter made is found again, and other weights are met as nearly as can be."""
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from liera_mm import adapt, export, summary
+from liera_mm.core.algebra import METHODS, factor_shapes
+from liera_mm.core.extract import Fit, extract
+from liera_mm.core.group import UPDATES
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+LAYERS = {
+    'linear': lambda: nn.Linear(24, 16),
+    'depthwise': lambda: nn.Conv2d(6, 6, 5, groups=6),
+    'conv': lambda: nn.Conv2d(6, 8, 3),
+    'transposed': lambda: nn.ConvTranspose2d(8, 6, 2, groups=2),
+}
+every_layer = pytest.mark.parametrize('layer', LAYERS)
+every_method = pytest.mark.parametrize('method', METHODS)
+every_update = pytest.mark.parametrize('update', UPDATES)
+
+
+def net_of(layer):
+    return nn.Sequential(LAYERS[layer]())
+
+
+def move(weights, size):
+    """Each tensor of a state dict moved by random numbers of its own scale."""
+    return {name: tensor + size * tensor.std() * torch.randn_like(tensor) for name, tensor in weights.items()}
+
+
+@every_layer
+@every_method
+@every_update
+def test_what_an_adapter_made_is_found_again(layer, method, update):
+    base = net_of(layer)
+    trained = adapt(copy.deepcopy(base), rank=2, method=method, update=update)
+    unit = 1 if trained[0].adapter.rms is None else trained[0].adapter.rms
+    with torch.no_grad():
+        for parameter in trained[0].adapter.parameters():
+            parameter.add_(.05 * unit * torch.randn_like(parameter))
+    target = export(trained)
+    fresh = adapt(base, rank=2, method=method, update=update)
+    fit, = extract(fresh, target)
+    assert fit.name == '0.weight' and fit.residual < .01
+    torch.testing.assert_close(fit.change, (target['0.weight'] - base[0].frozen_weight).double().norm().item())
+    torch.testing.assert_close(fit.left, (target['0.weight'] - fresh[0].effective_weight()).double().norm().item(),
+                               rtol=.1, atol=1e-6)
+
+
+@every_layer
+@every_method
+@every_update
+def test_nothing_to_find(layer, method, update):
+    base = net_of(layer)
+    model = adapt(copy.deepcopy(base), rank=2, method=method, update=update)
+    fit, = extract(model, base.state_dict())
+    assert fit.change == 0 and fit.residual == 0
+    torch.testing.assert_close(model[0].effective_weight(), base[0].weight)
+
+
+@pytest.mark.parametrize('layer', ['linear', 'conv'])
+def test_additive_is_the_best_of_its_rank(layer):
+    """Eckart and Young: what is left are the singular values behind the first ones."""
+    base = net_of(layer)
+    target = move({'0.weight': base[0].weight.detach()}, .1)
+    model = adapt(copy.deepcopy(base), rank=2, update='additive')
+    fit = extract(model, {**base.state_dict(), **target})[0]
+    a, b = factor_shapes(base[0].weight.shape, 1, 2)
+    singular = torch.linalg.svdvals((target['0.weight'] - base[0].weight).reshape(b[0], a[1]).double())
+    assert fit.left == pytest.approx(singular[a[0]:].norm().item(), rel=1e-4)
+
+
+@every_layer
+@pytest.mark.parametrize('update', ['taylor', 'exp'])
+def test_better_than_the_singular_vectors_of_delta(layer, update):
+    """Without weights and steps, the large Δ of small weights would take the whole rank."""
+    base = net_of(layer)
+    target = {**base.state_dict(), '0.weight': move({'': base[0].weight.detach()}, .1)['']}
+    fits = [extract(adapt(copy.deepcopy(base), rank=1, update=update), target, steps)[0] for steps in (1, 200)]
+    assert fits[1].residual < fits[0].residual < 1
+
+
+@every_update
+def test_all_of_a_dense_delta(update):
+    base = net_of('conv')
+    target = {name: tensor.abs() * base.state_dict()[name].sign() for name, tensor in move(base.state_dict(), .1).items()}
+    model = adapt(copy.deepcopy(base), method='dense', update=update)
+    assert extract(model, target)[0].residual < 1e-5
+
+
+@pytest.mark.parametrize('train', [False, True])
+def test_other_tensors(net, train):
+    """Norms, biases and buffers are taken over where they train, and reported where they are frozen."""
+    target = move({name: t for name, t in net.state_dict().items() if t.is_floating_point()}, .05)
+    target['stem.1.num_batches_tracked'] = torch.tensor(7)
+    model = adapt(copy.deepcopy(net), rank=4, targets=['pointwise', 'linear'], train_norm=train, train_bias=train)
+    fits = {fit.name: fit for fit in extract(model, target)}
+    adapted = {f'{row.layer}.weight' for row in summary(model)}
+    assert len(adapted) == 5 and adapted <= fits.keys()
+    assert all(fits[name].residual < .9 for name in adapted)
+    assert all(fit.residual == 1 for name, fit in fits.items() if name not in adapted)
+    assert 'stem.0.weight' in fits and 'stages.0.gamma' in fits  # never trained
+    assert ('head.bias' in fits, 'stem.1.weight' in fits) == (not train, not train)
+    assert torch.equal(model.head.bias, target['head.bias']) == train
+    assert torch.equal(model.stem[1].running_mean, target['stem.1.running_mean'])
+    assert model.stem[1].num_batches_tracked == 7
+
+
+def test_linear_weights_for_a_1x1_convolution():
+    base = nn.Sequential(nn.Conv2d(6, 4, 1))
+    target = {name: tensor.squeeze() for name, tensor in move(base.state_dict(), .1).items()}
+    assert target['0.weight'].dim() == 2
+    assert extract(adapt(base, rank=4, update='additive'), target)[0].residual < 1e-5
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+    (lambda weights: weights.pop('head.weight'), 'the weights lack head.weight'),
+    (lambda weights: weights.update({'head.weight': torch.ones(2, 5)}), r'shape of head.weight is \(2, 5\).* \(2, 4\)'),
+], ids=['missing', 'shape'])
+def test_weights_of_another_model(net, change, message):
+    weights = net.state_dict()
+    change(weights)
+    with pytest.raises(ValueError, match=message):
+        extract(adapt(net), weights)
+
+
+def test_residual():
+    assert Fit('', 2., .5).residual == .25 and Fit('', 0., 0.).residual == 0
