@@ -96,7 +96,7 @@ class _Plain:
         return {name: plain for name, child, plain in pairs if child is None or plain is not None}
 
     def find(self, value: Any) -> Any:
-        """What of this package a value is, or is the name of: ``X``, ``mmdet.X`` or ``liera_mm.models.X``; or None."""
+        """What of this package a value is or names: ``LieRAHook``, ``mmdet.LieRAHook``, ``liera_mm.LieRAHook``; or None."""
         if not isinstance(value, str):
             return value if _is_ours(value) and callable(value) else None
         if value.startswith(f'{PACKAGE}.'):

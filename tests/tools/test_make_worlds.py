@@ -32,8 +32,8 @@ from liera_mm.engine import wheels  # noqa: E402
 def voc_xml(width, height, objects):
     """One of VOC's files; objects are a name and corners, and True at the end if difficult."""
     items = ''.join(
-        f'<object><name>{name}</name><difficult>{int(bool(difficult))}</difficult><bndbox><xmin>{left}</xmin><ymin>{top}</ymin>'
-        f'<xmax>{right}</xmax><ymax>{bottom}</ymax></bndbox></object>'
+        f'<object><name>{name}</name><difficult>{int(bool(difficult))}</difficult><bndbox>'
+        f'<xmin>{left}</xmin><ymin>{top}</ymin><xmax>{right}</xmax><ymax>{bottom}</ymax></bndbox></object>'
         for name, left, top, right, bottom, *difficult in objects)
     return f'<annotation><size><width>{width}</width><height>{height}</height></size>{items}</annotation>'.encode()
 

@@ -114,8 +114,8 @@ def test_resume(trained, run_tool, tiny_options, tmp_path):
 
 def test_coco_config_at_a_small_size(run_tool, tmp_path):
     """The config of the paper, asked for with a Cyrillic letter in its name, on digits that bear the names of COCO."""
-    run_tool('dataset_converters/make_digits_coco.py', tmp_path / 'coco', '--train', 4, '--val', 2, '--size', 64, '--workers',
-             1, '--coco-names')
+    run_tool('dataset_converters/make_digits_coco.py', tmp_path / 'coco', '--train', 4, '--val', 2, '--size', 64,
+             '--workers', 1, '--coco-names')
     backbone = MODELS.build(dict(type='mmpretrain.ConvNeXt', arch='atto', layer_scale_init_value=0., use_grn=True))
     torch.save({f'backbone.{name}': tensor for name, tensor in backbone.state_dict().items()}, tmp_path / 'base.pth')
     printed = run_tool(

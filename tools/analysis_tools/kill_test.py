@@ -116,8 +116,8 @@ def main() -> None:
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         data, reference = Path(folder, 'data'), Path(folder, 'reference')
-        subprocess.run([sys.executable, 'tools/dataset_converters/make_digits_coco.py', str(data), '--train', '4', '--val', '2',
-                        '--size', '64', '--workers', '1'], check=True, capture_output=True)
+        subprocess.run([sys.executable, 'tools/dataset_converters/make_digits_coco.py', str(data), '--train', '4', '--val',
+                        '2', '--size', '64', '--workers', '1'], check=True, capture_output=True)
         begin = time.time()
         child, reader = start(reference, data, resume=False)
         times = []

@@ -11,8 +11,8 @@ predictions.
     study.py run --methods liera --ranks 2 8 32 --alphas 4r                                    # alpha = 4 * rank
     study.py report
 
-Data and weights are made by tools/make_*_coco.py and make_mobilenetv2_weights.py. Worlds and methods are listed in
-tools/analysis_tools/study_run.py. On a GPU four or five trainings at a time are best.
+Data and weights are made by tools/dataset_converters/make_*_coco.py and tools/model_converters/make_mobilenetv2_weights.py.
+Worlds and methods are listed in tools/analysis_tools/study_run.py. On a GPU four or five trainings at a time are best.
 """
 import argparse
 import collections

@@ -1,0 +1,46 @@
+"""What README, docs/, comments and docstrings name is there: files, names of Python, targets of links."""
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import liera_mm  # noqa: F401  what the names below begin with
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*ROOT.glob('*.md'), *(ROOT / 'docs').rglob('*.md')]
+# Not those that an f-string goes on with, nor those of the past
+PATH = re.compile(
+    r'(?<![\w/.-])(?:liera_mm|tools|tests|configs|docs)/[\w*](?:[\w/*.-]*[\w/*])?(?![\w/*-]|\.\w|{|`? of commit)')
+FILES = [*PAGES, ROOT / 'Makefile', *ROOT.glob('*.t*'), *(
+    path for folder in ('liera_mm', 'tools', 'configs') for pattern in ('*.py', '*.sh')
+    for path in (ROOT / folder).rglob(pattern))]
+
+
+def name_of(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize('path', FILES, ids=name_of)
+def test_what_a_file_names_exists(path):
+    text = path.read_text()
+    for name in PATH.findall(text):
+        assert next(ROOT.glob(name), None), name
+    for name in re.findall(r'\bliera_mm(?:\.[A-Za-z_]\w*)+\b(?!/)', text):
+        pkgutil.resolve_name(name)
+
+
+def anchors(page):
+    """What forges and the site call the headings of a page."""
+    text = re.sub(r'```.*?```', '', page.read_text(), flags=re.DOTALL)
+    return {re.sub(r'[^\w -]', '', heading.lower()).replace(' ', '-') for heading in re.findall('^#+ (.*)', text, re.M)}
+
+
+@pytest.mark.parametrize('page', PAGES, ids=name_of)
+def test_links(page):
+    for target in re.findall(r'\]\(([^)\s]+)\)', page.read_text()):
+        if not re.match('[a-z]+:', target):
+            name, _, anchor = target.partition('#')
+            path = page.parent / name if name else page
+            assert path.exists(), target
+            assert not anchor or anchor in anchors(path), target
