@@ -57,7 +57,8 @@ def test_a_merged_detector_is_found_again(monkeypatch, capsys, merged, tmp_path,
         liera_mm.load_adapter(model.backbone, out)
         ours = {f'backbone.{name}': tensor for name, tensor in liera_mm.export(model.backbone).items()}
     for name in ours:
-        torch.testing.assert_close(ours[name], expected[name], rtol=0, atol=5e-3, msg=lambda text, name=name: name + text)
+        missed = torch.linalg.vector_norm((ours[name] - expected[name]).double())  # the fit is iterative, and stops early
+        assert missed <= .01 * torch.linalg.vector_norm(expected[name].double()), name
 
 
 @pytest.mark.parametrize(('change', 'message'), [
