@@ -112,9 +112,8 @@ def test_residual(shape, dtype):
 @pytest.mark.parametrize('shape', [(1, 1, 1, 3), (2, 5, 17, 9)] + [(2, 33, 35, 70)] * (DEVICE == 'cuda'))
 def test_depthwise(shape, dtype):
     x, taps, bias = random(*shape, dtype=dtype), random(49, shape[3], dtype=dtype), random(shape[3])
-    for flip in (False, True):
-        agree('depthwise', dtype, x, taps, bias, None, flip)
-        agree('depthwise', dtype, x, taps, None, random(*shape, dtype=dtype), flip)
+    agree('depthwise', dtype, x, taps, bias, None, False)
+    agree('depthwise', dtype, x, taps, None, random(*shape, dtype=dtype), True)
     agree('depthwise_weight_grad', dtype, x, random(*shape, dtype=dtype))
 
 
