@@ -50,6 +50,11 @@ class Cell(NamedTuple):
         return median(known) if known else None
 
     @property
+    def loss(self) -> float:
+        """What the training ended with: mean of the last tenth of its steps."""
+        return mean(loss for result in self.results for _, loss in result['curve'][-max(1, len(result['curve']) // 10):])
+
+    @property
     def trained(self) -> int:
         return self.results[0]['trained']
 
@@ -106,13 +111,13 @@ def best_table(cells: Sequence[Cell]) -> str:
     test = any(cell.values(of='test_metrics') for cell in cells)
     full = best.get('full')
     header = ['method', 'lr', 'rank', 'alpha', 'options', 'trained in the backbone', 'share', 'bbox mAP',
-              *(['segm mAP'] if segm else []), *(['test bbox mAP'] if test else []), 'of full', 'seeds', 'ms a step',
-              'peak GiB', 's']
+              *(['segm mAP'] if segm else []), *(['test bbox mAP'] if test else []), 'of full', 'seeds', 'train loss',
+              'ms a step', 'peak GiB', 's']
     rows = [[
         *columns_of(cell.setting), f'{cell.trained:,}', f'{cell.share:.1%}', spread(cell.values()),
         *([spread(cell.values(SEGM))] if segm else []), *([spread(cell.values(of='test_metrics'))] if test else []),
         f'{cell.mean / full.mean:.3f}' if full and full.mean else '-',
-        str(len(cell.results)), show(cell.middle('step_ms'), 1), show(cell.middle('peak_gib'), 2),
+        str(len(cell.results)), f'{cell.loss:.3f}', show(cell.middle('step_ms'), 1), show(cell.middle('peak_gib'), 2),
         show(cell.middle('seconds'))
     ] for cell in best.values()]
     return table(header, rows)
@@ -139,8 +144,8 @@ def common_table(worlds: Dict[str, List[Cell]]) -> str:
 
 
 def settings_table(cells: Sequence[Cell]) -> str:
-    rows = [[*columns_of(cell.setting), spread(cell.values()), str(len(cell.results))] for cell in cells]
-    return table(['method', 'lr', 'rank', 'alpha', 'options', 'bbox mAP', 'seeds'], rows)
+    rows = [[*columns_of(cell.setting), spread(cell.values()), str(len(cell.results)), f'{cell.loss:.3f}'] for cell in cells]
+    return table(['method', 'lr', 'rank', 'alpha', 'options', 'bbox mAP', 'seeds', 'train loss'], rows)
 
 
 # Pictures
