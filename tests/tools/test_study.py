@@ -45,7 +45,8 @@ def work(connection, out, data, keep, jobs):
             run._asdict(), options=dict(run.options), fingerprint=study.fingerprint(run), trained=10 * (run.rank or 0),
             backbone=1000, metrics={'coco/bbox_mAP': .3 + .01 * run.seed - abs((run.alpha or 0) - 32) / 1000},
             test_metrics={'coco/bbox_mAP': .5} if run.method == 'full' else None,
-            seconds=5., jobs=jobs, step_ms=None, peak_gib=None, device='CPU', torch='2', commit=None, curve=[[10, 2.], [20, .75]])))
+            seconds=5., jobs=jobs, step_ms=None, peak_gib=None, device='CPU', torch='2', commit=None,
+            curve=[[10, 2.], [20, .75]])))
         connection.send(None)
 
 
@@ -311,7 +312,8 @@ def test_report(run, call, tmp_path):
     run('--methods', 'full', 'lora', '--ranks', '2')
     text = call('report')
     assert text == (tmp_path / 'report.md').read_text() + '\n'
-    assert '| lora | 0.002 | 4 | 32 | - | 40 | 4.0% | 0.305 (0.300 to 0.310) | - | 1.138 | 2 | 0.750 | - | - | 5 |' in text  # best
+    # Each at its best
+    assert '| lora | 0.002 | 4 | 32 | - | 40 | 4.0% | 0.305 (0.300 to 0.310) | - | 1.138 | 2 | 0.750 | - | - | 5 |' in text
     assert '| 0.0% | 0.268 (0.268 to 0.268) | 0.500 (0.500 to 0.500) | 1.000 | 1 | 0.750 | - | - | 5 |' in text  # full
     assert '| lora | 0.002 | 4 | 8 | - | 0.281 (0.276 to 0.286) | 2 | 0.750 |' in text  # every setting
     assert '| lora | 0.002 | 2 | 8 | - | 0.276 (0.276 to 0.276) | 1 | 0.750 |' in text
