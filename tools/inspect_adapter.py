@@ -17,7 +17,7 @@ import liera_mm
 from liera_mm.core.adapt import table_lines
 from liera_mm.core.errors import SetupError
 from liera_mm.core.report import QUANTILES, LayerReport
-from liera_mm.engine.checkpoint import load_trained
+from liera_mm.engine.checkpoint import load_adapter_file, load_trained
 from liera_mm.engine.cli import check_checkpoint, check_weights, exit_clearly, load_config
 
 # isort: split
@@ -58,10 +58,8 @@ def load_backbone(cfg: Config, checkpoint: Path) -> nn.Module:
     backbone.init_weights()
     if cfg.get('load_from'):
         load_checkpoint(model, cfg.load_from, map_location='cpu')
-    try:
-        return liera_mm.load_adapter(backbone, checkpoint)
-    except ValueError as error:
-        raise SetupError(str(error), f'Give an adapter that was trained with {cfg.filename}, or its own config') from None
+    load_adapter_file(model, checkpoint, cfg.filename)
+    return backbone
 
 
 def by_depth(reports: List[LayerReport]) -> List[LayerReport]:

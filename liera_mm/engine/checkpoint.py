@@ -12,7 +12,7 @@ import re
 import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import IO, Any, Container, Dict, List, Optional, Union
+from typing import IO, Any, Container, Dict, Iterable, List, Optional, Union
 from urllib.parse import urlparse
 
 import numpy as np
@@ -32,7 +32,7 @@ from mmengine.runner.checkpoint import (
 )
 from torch import nn
 
-from ..core.checkpoint import digest, write_atomically
+from ..core.checkpoint import digest, load_adapter, write_atomically
 from ..core.errors import SetupError
 from ..models.pretrained import RECORD, encode_record, load_from_safetensors, pretrained_backbones
 
@@ -85,8 +85,15 @@ def read_checkpoint(file: Union[str, os.PathLike, IO[bytes]], map_location=None)
             'Give one that is intact; tools/train.py --resume without a file finds the latest that is') from None
 
 
-def load_trained(model: nn.Module, path: Union[str, os.PathLike], config: str) -> Dict[str, Any]:
+def load_trained(model: nn.Module, path: Union[str, os.PathLike], config: str,
+                 may_lack: Iterable[str] = ()) -> Dict[str, Any]:
     """Load a checkpoint of a training into the model of its config, strictly; frozen weights that it lacks are fetched.
+
+    Args:
+        model: The model.
+        path: The checkpoint.
+        config: What messages call the config.
+        may_lack: Names of tensors that stay as they are where the checkpoint lacks them.
 
     Returns:
         The checkpoint.
@@ -96,8 +103,10 @@ def load_trained(model: nn.Module, path: Union[str, os.PathLike], config: str) -
     """
     checkpoint = read_checkpoint(path, 'cpu')
     state = {re.sub('^module\\.', '', key): value for key, value in checkpoint.get('state_dict', checkpoint).items()}
+    ours = model.state_dict()
+    state = {**{name: ours[name] for name in may_lack}, **state}
     try:
-        load_state_dict(model, _without_doubles(state, model.state_dict().keys()), strict=True)
+        load_state_dict(model, _without_doubles(state, ours.keys()), strict=True)
     except SetupError as error:
         problem, remedy = str(error).splitlines()
         raise SetupError(f'{path} was not trained with {config}: {problem:.300}', remedy) from None
@@ -105,6 +114,28 @@ def load_trained(model: nn.Module, path: Union[str, os.PathLike], config: str) -
         raise SetupError(f'{path} was not trained with {config}: {str(error).splitlines()[-1]:.300}',
                          'Use the config in the work dir of that checkpoint') from None
     return checkpoint
+
+
+def adapted_backbones(model: nn.Module) -> Dict[str, nn.Module]:
+    """The backbones of a model that have adapters, by name."""
+    return {name: backbone for name, backbone in pretrained_backbones(model) if hasattr(backbone, 'liera')}
+
+
+def load_adapter_file(model: nn.Module, path: Union[str, os.PathLike], config: str, name: str = 'default') -> None:
+    """Load a file of :func:`liera_mm.save_adapter` into the adapted backbone of a detector, as the adapter of that name.
+
+    Raises:
+        SetupError: If there is no such file, or it is damaged, or of other settings or frozen weights.
+    """
+    if not osp.isfile(path):
+        beside = sorted(map(str, Path(path).parent.glob('*.safetensors')))
+        raise SetupError(f'Adapter not found: {path}',
+                         f'There are {", ".join(beside)}' if beside else 'Give a file that liera_mm.save_adapter wrote')
+    try:
+        for backbone in adapted_backbones(model).values():
+            load_adapter(backbone, path, name)
+    except ValueError as error:
+        raise SetupError(str(error), f'Give an adapter that was trained with {config}, or its own config') from None
 
 
 def _without_doubles(state: Dict[str, torch.Tensor], known: Container[str]) -> Dict[str, torch.Tensor]:

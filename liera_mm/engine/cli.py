@@ -157,7 +157,7 @@ def check_data(cfg: Config, splits: List[str], keep: bool = False) -> None:
     """
     classes = (cfg.get('model', {}).get('head') or {}).get('num_classes')
     for split in splits:
-        for dataset in _datasets(cfg.get(f'{split}_dataloader') or {}):
+        for dataset in datasets_of(cfg.get(f'{split}_dataloader') or {}):
             root = dataset.get('data_root') or ''
             prefix = dataset.get('data_prefix') or ''
             images = prefix if isinstance(prefix, str) else prefix.get('img') or prefix.get('img_path', '')
@@ -281,7 +281,7 @@ def _dicts(node: Any, key: str) -> Iterator[Tuple[str, Dict[str, Any]]]:
             yield from _dicts(value, f'{key}.{index}')
 
 
-def _datasets(dataloader: Dict[str, Any]) -> Iterator[Dict[str, Any]]:
+def datasets_of(dataloader: Dict[str, Any]) -> Iterator[Dict[str, Any]]:
     """The data sets of a dataloader that read files, below any wrappers."""
     pending = [dataloader.get('dataset')]
     while pending:

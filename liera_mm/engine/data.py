@@ -294,11 +294,28 @@ def check_heads(model: nn.Module, dataset: Dataset) -> None:
     Raises:
         SetupError: If one has another number of them; names all that have.
     """
-    from mmdet.models import RPN, FusedSemanticHead  # late, for its import takes seconds
     metainfo = next(_parts(dataset)).metainfo
+    wrong = wrong_heads(model, metainfo)
+    if wrong:
+        name, (given, count) = next(iter(wrong.items()))
+        names = metainfo['stuff_classes'] if 'stuff' in name else metainfo.get('thing_classes') or metainfo['classes']
+        raise SetupError(
+            f'{name} is {given}, but the data have {count} classes: {_list(names)}' + (
+                f'. Nor do {len(wrong) - 1} other heads fit' if len(wrong) > 1 else ''),
+            '--cfg-options ' + ' '.join(f'model.{name}={count}' for name, (_, count) in wrong.items())
+            + ' gives the heads the classes of the data; or else correct metainfo=dict(classes=...) of the data sets')
+
+
+def wrong_heads(model: nn.Module, metainfo: Dict[str, Any]) -> Dict[str, Tuple[int, int]]:
+    """Heads of a detector that predict another number of classes: by name, that number and the one of the classes.
+
+    Raises:
+        SetupError: If the classes of a loss have other weights than there are classes.
+    """
+    from mmdet.models import RPN, FusedSemanticHead  # late, for its import takes seconds
     detector = _detector(model)
     if not metainfo.get('classes') or detector is None or isinstance(detector, RPN) or hasattr(detector, 'language_model'):
-        return
+        return {}
     things = metainfo.get('thing_classes') or metainfo['classes']
     stuff = metainfo.get('stuff_classes')
     wrong = {}
@@ -317,13 +334,7 @@ def check_heads(model: nn.Module, dataset: Dataset) -> None:
         if isinstance(weights, (list, tuple)) and isinstance(own, int) and len(weights) not in (own, own + 1) and not wrong:
             raise SetupError(f'{name}.loss_cls has {len(weights)} values of class_weight, and the head {own} classes',
                              f'Give one for each class, and one for the background: model.{name}.loss_cls.class_weight')
-    if wrong:
-        (name, (given, count)), names = next(iter(wrong.items())), things if 'stuff' not in next(iter(wrong)) else stuff
-        raise SetupError(
-            f'{name} is {given}, but the data have {count} classes: {_list(names)}' + (
-                f'. Nor do {len(wrong) - 1} other heads fit' if len(wrong) > 1 else ''),
-            '--cfg-options ' + ' '.join(f'model.{name}={count}' for name, (_, count) in wrong.items())
-            + ' gives the heads the classes of the data; or else correct metainfo=dict(classes=...) of the data sets')
+    return wrong
 
 
 def check_masks_of_heads(dataset: Dataset, model: nn.Module) -> None:
