@@ -1,7 +1,7 @@
-"""A picture of predictions beside the ground truth, for tools/demo.py and tools/analysis_tools/study.py."""
+"""Pictures of ground truth, alone or beside predictions."""
 import pickle
 from pathlib import Path
-from typing import Optional
+from typing import Any, Dict, List, Optional, Sequence
 
 import liera_mm  # noqa: F401  (before MMDetection, which may need the operators that liera_mm stands in for)
 
@@ -71,10 +71,71 @@ def draw_sheet(predictions: Path, data_root: Path, out: Path, images: int = 9, c
         for left, text in ((0, 'ground truth'), (image.shape[1], 'predictions')):
             cv2.putText(tile, text, (left + 4, 27), cv2.FONT_HERSHEY_SIMPLEX, 0.9, (0, 0, 0), 2, cv2.LINE_AA)
         tiles.append(tile)
+    mmcv.imwrite(arrange(tiles, columns)[..., ::-1], str(out))
+
+
+def arrange(tiles: List[np.ndarray], columns: int) -> np.ndarray:
+    """Images of (h, w, 3) in rows of so many, as one image; white where they are smaller than the largest."""
     height, width = (max(tile.shape[axis] for tile in tiles) for axis in (0, 1))
     tiles = [np.pad(tile, ((0, height - tile.shape[0]), (0, width - tile.shape[1]), (0, 0)), constant_values=255)
              for tile in tiles]
-    tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % min(columns, len(tiles)))
     columns = min(columns, len(tiles))
+    tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
     rows = [np.concatenate(tiles[i:i + columns], axis=1) for i in range(0, len(tiles), columns)]
-    mmcv.imwrite(np.concatenate(rows)[..., ::-1], str(out))
+    return np.concatenate(rows)
+
+
+def draw_annotations(images: Sequence[Dict[str, Any]], paths: Sequence[str], annotations: Sequence[Sequence[Dict[str, Any]]],
+                     labels: Dict[Any, int], classes: Sequence[str], out: Path, columns: int = 3, side: int = 640) -> None:
+    """Write one picture of images with the boxes and masks that they are annotated with, crowds in grey.
+
+    Args:
+        images: Their entries in COCO's format.
+        paths: Their files.
+        annotations: Those of each image.
+        labels: Index of the class by id of the category; others are left out.
+        classes: Names of the classes.
+        out: File to write.
+        columns: How many images stand beside each other.
+        side: Longer side of each, in pixels.
+    """
+    visualizer = DetLocalVisualizer(alpha=.4)
+    visualizer.dataset_meta = dict(classes=list(classes), palette='coco' if len(classes) <= 80 else 'random')
+    tiles = []
+    for info, path, entries in zip(images, paths, annotations):
+        image = mmcv.imread(path, channel_order='rgb')
+        scale = side / max(image.shape[:2])
+        image = mmcv.imrescale(image, scale)
+        height, width = image.shape[:2]
+        ours = [entry for entry in entries if entry['category_id'] in labels and not entry.get('iscrowd')]
+        for entry in entries:
+            if entry.get('iscrowd'):
+                x, y, w, h = (round(value * scale) for value in entry['bbox'])
+                cv2.rectangle(image, (x, y), (x + w, y + h), (128, 128, 128), 2)
+        masks = np.stack([_mask(entry, info, (width, height)) for entry in ours] or [np.zeros((height, width), np.uint8)])
+        boxes = np.array([[x, y, x + w, y + h] for x, y, w, h in (entry['bbox'] for entry in ours)]) * scale
+        instances = InstanceData(
+            bboxes=torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+            labels=torch.as_tensor([labels[entry['category_id']] for entry in ours], dtype=torch.long))
+        if masks[:len(ours)].any():
+            instances.masks = BitmapMasks(masks[:len(ours)], height, width)
+        visualizer.add_datasample('', image, DetDataSample(gt_instances=instances), draw_pred=False)
+        tile = np.pad(visualizer.get_image(), ((30, 6), (0, 8), (0, 0)), constant_values=255)
+        cv2.putText(tile, Path(path).name, (4, 21), cv2.FONT_HERSHEY_SIMPLEX, .6, (0, 0, 0), 1, cv2.LINE_AA)
+        tiles.append(tile)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    mmcv.imwrite(arrange(tiles, columns)[..., ::-1], str(out))
+
+
+def _mask(entry: Dict[str, Any], info: Dict[str, Any], size: Sequence[int]) -> np.ndarray:
+    """The mask of an annotation (h, w) at another size of its image, (w, h); without any pixel if it has none."""
+    segmentation = entry.get('segmentation')
+    if not segmentation:
+        return np.zeros(size[::-1], np.uint8)
+    if isinstance(segmentation, list):
+        segmentation = [polygon for polygon in segmentation if len(polygon) >= 6]
+    if isinstance(segmentation, list) or isinstance(segmentation['counts'], list):
+        segmentation = rle.frPyObjects(segmentation, info['height'], info['width'])
+    if isinstance(segmentation, list):
+        segmentation = rle.merge(segmentation)
+    return cv2.resize(rle.decode(segmentation), tuple(size), interpolation=cv2.INTER_NEAREST)
