@@ -19,6 +19,7 @@ from .errors import SetupError
 from .group import MULTIPLICATIVE, UPDATES
 from .kernels import builtin_only
 from .kernels.weight import moved_weights
+from .reading import EffectiveWeight
 
 _is_fx_tracing = getattr(_symbolic_trace, 'is_fx_symbolic_tracing', _symbolic_trace.is_fx_tracing)
 
@@ -31,22 +32,28 @@ class AdaptedLayer:
         method (str): Name of the parameterisation of Δ, a key of ``algebra.METHODS``.
         update (str): Name of the rule that applies Δ to the weight, a key of ``group.UPDATES``.
         unmerged_weight (Tensor | None): The frozen weight while the parameter holds the effective one.
+        read (nn.Parameter): The parameter that ``weight`` was read of last.
     """
     original_class: Type[nn.Module]
-    added = ('adapter', 'unmerged_weight', 'method', 'update')  # what restore_class() takes away
+    added = ('adapter', 'unmerged_weight', 'method', 'update', 'read')  # what restore_class() takes away
 
     @property
     def weight(self) -> Tensor:
-        """The effective weight, for code that reads it; computed anew each time, so that writing into it changes nothing.
+        """The effective weight, for code that reads it: an :class:`EffectiveWeight`, into which nothing can be written.
 
         The parameter itself while the layer is merged, or its adapter is taken out (:func:`without_adapters`) to load or
         initialise what it had before; and while it is in shards, where torch reads it to manage them. Another parameter
         cannot take its place.
         """
         parameter = self._parameters['weight']
+        if not torch.compiler.is_compiling():
+            self.__dict__['read'] = parameter
         if self.merged or self._modules.get('adapter') is None or hasattr(parameter, 'to_local'):
             return parameter
-        return self.effective_weight()
+        weight = self.effective_weight()
+        # No compiler, tracer or transform knows the class
+        plain = torch.compiler.is_compiling() or type(weight) is not Tensor or builtin_only()
+        return weight if plain else weight.as_subclass(EffectiveWeight)
 
     @weight.setter
     def weight(self, value: Any) -> None:
@@ -60,6 +67,10 @@ class AdaptedLayer:
     def register_parameter(self, name: str, param: Optional[nn.Parameter]) -> None:
         # Where nn.Module.__setattr__ leads; weight norm, spectral norm and pruning add weight_g, weight_orig and the like
         if name == 'weight' or (name.startswith('weight_') and name not in self._parameters):
+            if 'weight' not in self._parameters:  # the old weight norm reads it and deletes it before it adds others
+                others = dict(self._parameters)
+                self._parameters.clear()
+                self._parameters.update(weight=self.read, **others)
             self._refuse()
         super().register_parameter(name, param)
 

@@ -20,16 +20,13 @@ from mmcv.cnn.bricks.conv_ws import ConvAWS2d, ConvWS2d
 from mmcv.ops import DeformConv2d, ModulatedDeformConv2dPack
 from mmcv.ops.saconv import SAConv2d
 from mmengine.utils import digit_version
-from mmpretrain.models.backbones import SwinTransformerV2
 from torch import nn
-from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from liera_mm import adapt, adapter_state_dict, export, load_adapter, merge, save_adapter, unmerge
-from liera_mm.core.adapt import SCALES, adapted_layers
+from liera_mm.core.adapt import SCALES
 from liera_mm.core.algebra import METHODS
-from liera_mm.core.errors import SetupError
 from liera_mm.core.group import UPDATES
 from liera_mm.core.layers import adapt_layer, adapted_class
 
@@ -643,62 +640,6 @@ def test_adapted_class_is_made_once(kind):
     assert issubclass(adapted_class(cls), cls)
     assert adapted_class(cls).original_class is cls
     assert adapted_class(cls).__name__ == f'Adapted{cls.__name__}'
-
-
-# Code that reads the weight of a layer, or would replace it
-
-
-def swin_v2():
-    model = SwinTransformerV2(
-        arch=dict(embed_dims=8, depths=[1] * 4, num_heads=[2] * 4, extra_norm_every_n_blocks=0), img_size=64,
-        window_size=[4, 4, 4, 2])
-    model.train(False)
-    return model
-
-
-READERS = {
-    'attention': (lambda: nn.MultiheadAttention(8, 2).eval(), (2, 5, 8), lambda model, x: model(x, x, x)[0]),
-    'transformer_layer': (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), (2, 5, 8),
-                          nn.Module.__call__),
-    'swin_v2': (swin_v2, (1, 3, 64, 64), lambda model, x: model(x)[-1]),
-}
-
-
-@pytest.mark.parametrize('reader', READERS)
-def test_modules_that_read_a_weight_without_calling_the_layer(seed, reader):
-    make, shape, call = READERS[reader]
-    plain, x = make(), torch.randn(shape)
-    model = adapt(copy.deepcopy(plain), rank=RANK)
-    for _, layer in adapted_layers(model):
-        train(layer)
-    before = call(plain, x)
-    plain.load_state_dict(export(model), strict=False)  # SwinV2 keeps its tables out of state dicts
-    expected = call(plain, x)
-    assert (expected - before).abs().max() > 1e-3
-    with torch.no_grad():  # where torch has kernels that never call the layers
-        torch.testing.assert_close(call(model, x), expected)
-    torch.testing.assert_close(call(model, x), expected)
-    call(model, x).square().sum().backward()
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-
-
-@pytest.mark.parametrize('change', [
-    nn.utils.parametrizations.weight_norm,
-    nn.utils.spectral_norm,
-    lambda layer: prune.identity(layer, 'weight'),
-    lambda layer: setattr(layer, 'weight', nn.Parameter(torch.ones_like(layer.weight))),
-    lambda layer: delattr(layer, 'weight'),
-    lambda layer: nn.utils.fuse_conv_bn_eval(layer.eval(), nn.BatchNorm2d(6).eval()),
-], ids=['weight_norm', 'spectral_norm', 'prune', 'assign', 'delete', 'fuse_conv_bn'])
-@pytest.mark.parametrize('prepare', [merge, unmerge])
-def test_a_weight_cannot_be_replaced(seed, change, prepare):
-    case = Case('conv2d', 'lora', 'taylor')
-    layer = prepare(case.layer)
-    expected, state = layer(case.x), copy.deepcopy(layer.state_dict())
-    with pytest.raises(SetupError, match=r'merge_and_unload\(model\)'):
-        change(layer)
-    assert_same(layer.state_dict(), state)
-    assert torch.equal(layer(case.x), expected)
 
 
 # torch.func, torch.fx, torch.jit
