@@ -33,6 +33,7 @@ CASES = {
     'TridentResNet': (dict(type='mmdet.TridentResNet', trident_dilations=(1, 2, 3), num_branch=3, test_branch_idx=1,
                            **dict(RESNET, num_stages=3, strides=(1, 2, 2), dilations=(1, 1, 1), out_indices=(2, ))), 0),
     'DetectoRS_ResNet': (dict(type='mmdet.DetectoRS_ResNet', output_img=True, **RESNET), 0),
+    'ResNet, ConvAWS': (dict(type='mmdet.ResNet', conv_cfg=dict(type='ConvAWS'), **RESNET), 0),
     'HRNet': (dict(type='mmdet.HRNet', extra=HRNET, norm_eval=True), 0),
     'MobileNetV2': (dict(type='mmdet.MobileNetV2', widen_factor=.25, out_indices=(2, 4, 6), frozen_stages=1), 2),
     'Darknet': (dict(type='mmdet.Darknet', depth=53, frozen_stages=2), 0),
@@ -55,6 +56,10 @@ CASES = {
     'mmpretrain MobileNetV3': (dict(type='mmpretrain.MobileNetV3', arch='small', frozen_stages=3), 0),
     'mmpretrain EfficientNetV2': (dict(type='mmpretrain.EfficientNetV2', arch='b0', frozen_stages=2), 0),
     'mmpretrain VisionTransformer': (dict(type='mmpretrain.VisionTransformer', **SMALL_VIT, frozen_stages=1), 0),
+    'mmpretrain SwinTransformerV2': (dict(
+        type='mmpretrain.SwinTransformerV2', img_size=64, window_size=[4, 4, 4, 2], out_indices=(0, 1, 2, 3),
+        arch=dict(embed_dims=8, depths=[1] * 4, num_heads=[2] * 4, extra_norm_every_n_blocks=0)), 0),
+    'mmpretrain BEiTViT': (dict(type='mmpretrain.BEiTViT', **SMALL_VIT), 0),
     'mmpretrain HorNet': (dict(type='mmpretrain.HorNet', frozen_stages=1, arch=dict(
         base_dim=8, depths=[1, 1, 1, 1], orders=[2, 3, 3, 3],
         dw_cfg=[dict(type='DW', kernel_size=7)] * 4)), 0),
