@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from .algebra import METHODS
 from .group import MULTIPLICATIVE, UPDATES
 from .layers import AdaptedLayer, adapt_layer, check_layer, restore_class
-from .wrappers import through_wrappers
+from .wrappers import refuse_shards, through_wrappers
 
 KINDS = ('conv', 'depthwise', 'pointwise', 'linear')
 SCALES = ('relative', 'plain')
@@ -60,7 +60,7 @@ def layer_kind(layer: nn.Module) -> Optional[str]:
     return 'depthwise' if getattr(layer, 'groups', 1) == getattr(layer, 'in_channels', None) != 1 else 'conv'
 
 
-@functools.partial(through_wrappers, refuse_fixed=True)
+@functools.partial(through_wrappers, does='adds')
 def adapt(model: nn.Module,
           rank: int = 16,
           alpha: float = 32,
@@ -326,7 +326,7 @@ def some(names: Iterable[str]) -> str:
     return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '') if names else 'nothing'
 
 
-@through_wrappers
+@functools.partial(through_wrappers, does='looks')
 def summary(model: nn.Module) -> Summary:
     """What was adapted, and how many parameters train."""
     rows = []
@@ -371,10 +371,13 @@ def merge(model: nn.Module) -> nn.Module:
     return model
 
 
-@through_wrappers
+@functools.partial(through_wrappers, does='looks')
 def unmerge(model: nn.Module) -> nn.Module:
     """Undo :func:`merge`, bit for bit."""
-    for _, layer in adapted_layers(model):
+    merged = [layer for _, layer in adapted_layers(model) if layer.merged]
+    if merged:
+        refuse_shards(model)
+    for layer in merged:
         layer.unmerge()
     return model
 
@@ -400,7 +403,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     return model
 
 
-@through_wrappers
+@functools.partial(through_wrappers, does='reads')
 @torch.no_grad()
 def export(model: nn.Module) -> Dict[str, Tensor]:
     """A plain state dict with Δ folded in: the keys and shapes that the model had before :func:`adapt`."""

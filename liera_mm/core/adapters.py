@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .adapt import adapted_layers, intended_parameters, some, trained_in_place, unmerge
 from .group import UPDATES
 from .layers import AdaptedLayer
-from .wrappers import through_wrappers, unwrap
+from .wrappers import refuse_shards, through_wrappers, unwrap
 
 
 class Adapter(NamedTuple):
@@ -27,7 +27,7 @@ class Adapter(NamedTuple):
     scales: Dict[str, Tuple[Optional[int], float]]
 
 
-@through_wrappers
+@functools.partial(through_wrappers, does='reads')
 def adapter_state_dict(model: nn.Module) -> Dict[str, Tensor]:
     """The part of ``model.state_dict()`` that is not frozen: factors, other trained tensors, buffers."""
     frozen = frozen_names(model)
@@ -42,7 +42,7 @@ def frozen_names(model: nn.Module) -> Set[str]:
     return {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in frozen}
 
 
-@through_wrappers
+@functools.partial(through_wrappers, does='looks')
 def active_adapter(model: nn.Module) -> str:
     """Name of the adapter that the model computes with; the one that it was adapted with is ``default``."""
     return vars(model).get('active_adapter', 'default')
@@ -174,6 +174,7 @@ def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         ValueError: If norms, biases or whole layers train too, for what they were before is not kept.
     """
+    refuse_shards(model)
     wrapper, model = model, unwrap(model)
     trained = trained_in_place(model)  # which refuses a model that is not adapted
     if trained:

@@ -1,4 +1,5 @@
 """Adapter files: what was trained on top of a frozen model, in one safetensors file that says which model that was."""
+import functools
 import hashlib
 import json
 import os
@@ -21,14 +22,14 @@ NO_CHECKSUM = b'0' * 64
 NARROWER = (torch.float32, torch.float16, torch.bfloat16)  # precisions that a base may be converted to
 
 
-@through_wrappers
+@functools.partial(through_wrappers, does='reads')
 def fingerprint(model: nn.Module) -> Dict[str, str]:
     """A short hash of every frozen tensor, by name. Linear and 1x1 forms of the same weight have the same hash."""
     state, frozen = model.state_dict(), frozen_names(model)
     return {name: digest(state[name]) for name in state if name in frozen}
 
 
-@through_wrappers
+@functools.partial(through_wrappers, does='reads')
 def save_adapter(model: nn.Module, path: Union[str, os.PathLike], dtype: Optional[torch.dtype] = None) -> None:
     """Write :func:`adapter_state_dict` with the configuration and the base's fingerprint in its header.
 

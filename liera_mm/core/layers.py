@@ -61,7 +61,8 @@ class AdaptedLayer:
 
     def __delattr__(self, name: str) -> None:
         if name == 'weight':
-            self._refuse()
+            self._refuse('To have it in shards, use fully_shard(model) (FSDP2), not FullyShardedDataParallel. Else call '
+                         'liera_mm.merge_and_unload(model) first')
         super().__delattr__(name)
 
     def register_parameter(self, name: str, param: Optional[nn.Parameter]) -> None:
@@ -74,11 +75,10 @@ class AdaptedLayer:
             self._refuse()
         super().register_parameter(name, param)
 
-    def _refuse(self) -> NoReturn:
+    def _refuse(self, remedy: str = 'Call liera_mm.merge_and_unload(model) first; or do this before adapt(). The values of '
+                                    'the frozen weight are in frozen_weight') -> NoReturn:
         raise SetupError(f'the weight of an adapted {self.original_class.__name__} cannot be replaced: its adapter would be '
-                         'lost, or applied to another weight than it was trained on.',
-                         'Call liera_mm.merge_and_unload(model) first; or do this before adapt(). The values of the frozen '
-                         'weight are in frozen_weight')
+                         'lost, or applied to another weight than it was trained on.', remedy)
 
     @property
     def frozen_weight(self) -> Tensor:

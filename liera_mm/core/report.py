@@ -1,5 +1,6 @@
 """Reports on trained perturbations: how far they have gone, and which rank the change of each weight has."""
 import copy
+import functools
 import math
 from typing import List, NamedTuple, Optional, Tuple
 
@@ -30,7 +31,7 @@ class RangeReport(NamedTuple):
     zero_weights: int
 
 
-@through_wrappers
+@functools.partial(through_wrappers, does='reads')
 @torch.no_grad()
 def range_report(model: nn.Module) -> RangeReport:
     """The state of every Δ in one report; see :class:`RangeReport`."""
@@ -89,7 +90,7 @@ class LayerReport(NamedTuple):
     weights: int
 
 
-@through_wrappers
+@functools.partial(through_wrappers, does='reads')
 def layer_reports(model: nn.Module) -> List[LayerReport]:
     """A :class:`LayerReport` of every adapted layer, in the model's order; computed in float64, on the layer's device."""
     return [_layer_report(name, layer) for name, layer in adapted_layers(model)]

@@ -1,7 +1,8 @@
-"""Models inside of others: compiled, replicated on several devices, in shards, averaged.
+"""Models inside of others: compiled, replicated on several devices, averaged; and models in shards.
 
-Every public function reaches through them, also where a part of a model is wrapped and not the whole: names are those that
-the model has without them.
+Every public function reaches through what holds a model, also where a part of it is wrapped and not the whole: names are
+those that the model has without. Of a model in shards (``fully_shard``, FSDP2) the tensors are gathered to be read, for
+which all processes have to call the function; those functions that would write to them refuse it.
 """
 import contextlib
 import functools
@@ -10,18 +11,19 @@ from typing import Any, Callable, Iterator, Optional
 import torch
 from torch import nn
 
+from .errors import SetupError
+
 # Classes that hold a model, in torch and in MMEngine, and the attribute it is in. Going by name costs no import
 INNER = dict(
     OptimizedModule='_orig_mod',  # torch.compile
     DataParallel='module',
     DistributedDataParallel='module',  # and MMDistributedDataParallel
-    FullyShardedDataParallel='_fsdp_wrapped_module',
     CheckpointWrapper='_checkpoint_wrapped_module',
     AveragedModel='module',
     BaseAveragedModel='module',  # ExponentialMovingAverage and the like
 )
 # Those that have taken note of the parameters there are, and would pass over new ones
-FIXED = ('DistributedDataParallel', 'FullyShardedDataParallel', 'AveragedModel', 'BaseAveragedModel')
+FIXED = ('DistributedDataParallel', 'FullyShardedDataParallel', 'FSDPModule', 'AveragedModel', 'BaseAveragedModel')
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -31,7 +33,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def through_wrappers(function: Callable[..., Any], refuse_fixed: bool = False) -> Callable[..., Any]:
+def through_wrappers(function: Callable[..., Any], does: str = 'writes') -> Callable[..., Any]:
     """Decorate a function of a model such that wrappers of the model, and of its parts, are not there for it.
 
     Where the function returns the model, the caller has the wrapper back. What is made inside can be trained, even if the
@@ -39,14 +41,19 @@ def through_wrappers(function: Callable[..., Any], refuse_fixed: bool = False) -
 
     Args:
         function: Takes a model first.
-        refuse_fixed: Whether to raise a ValueError for wrappers that must come after the function, for it makes parameters.
+        does: What the function does with tensors of the model: ``looks`` at their names and shapes; ``reads`` them, and
+            finds them whole where they are in shards; ``writes`` to them, which raises a SetupError for shards; or
+            ``adds`` parameters, which raises a ValueError for all wrappers that must come later.
     """
 
     @functools.wraps(function)
     def call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if refuse_fixed:
+        if does == 'adds':
             _refuse_fixed(model)
-        with torch.inference_mode(False), _bare(model) as bare:
+        if does == 'writes':
+            refuse_shards(model)
+        whole = gathered(model) if does == 'reads' else contextlib.nullcontext()
+        with torch.inference_mode(False), _bare(model) as bare, whole:
             result = function(bare, *args, **kwargs)
         return model if result is bare else result
 
@@ -59,6 +66,39 @@ def _refuse_fixed(model: nn.Module) -> None:
         if fixed is not None:
             raise ValueError(f'{name or "the model"} is inside of {fixed}, which would not see the new parameters: adapt '
                              'the model first, then wrap it')
+
+
+def in_shards(model: nn.Module) -> bool:
+    """Whether torch's ``fully_shard`` (FSDP2) manages parameters of a model."""
+    return any(cls.__name__ == 'FSDPModule' for module in model.modules() for cls in type(module).__mro__)
+
+
+def refuse_shards(model: nn.Module) -> None:
+    """Raise a SetupError if a model is in shards: what one writes to tensors that are gathered is lost."""
+    if in_shards(model):
+        raise SetupError('The model is in shards (fully_shard): its adapters can be read, but not loaded, exchanged, merged '
+                         'or switched off.',
+                         'Do this before fully_shard(); or with a model that is whole, and an adapter file of this one: '
+                         'save_adapter(), called by all processes')
+
+
+@contextlib.contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """A context in which a model has whole parameters in place of shards, to be read. All processes have to enter it."""
+    for module in model.modules():
+        if hasattr(module, 'reshard'):
+            module.reshard()
+    shards = [(module, name, shard) for module in model.modules() for name, shard in module._parameters.items()
+              if hasattr(shard, 'full_tensor')]
+    whole = {id(shard): nn.Parameter(shard.detach().full_tensor(), shard.requires_grad)
+             for shard in {id(shard): shard for _, _, shard in shards}.values()}
+    for module, name, shard in shards:
+        module._parameters[name] = whole[id(shard)]
+    try:
+        yield
+    finally:
+        for module, name, shard in shards:
+            module._parameters[name] = shard
 
 
 @contextlib.contextmanager

@@ -15,12 +15,13 @@ from torch import nn
 from ..core.adapt import adapter_names, merge, summary, unmerge
 from ..core.errors import SetupError
 from ..core.report import range_report
+from ..core.wrappers import in_shards
 from ..models.pretrained import RECORD, decode_record, pretrained_backbones
 from . import invariants
 from .checkpoint import CheckpointWithoutBase, random_state, set_random_state
 from .data import DataChecks
 from .param_groups import MergedGroups
-from .sharding import FullyShardStrategy, gathered, in_shards
+from .sharding import FullyShardStrategy
 
 
 @HOOKS.register_module()
@@ -120,8 +121,7 @@ class LieRAHook(Hook):
         invariants.check_frozen(model, self.frozen)
         if not summary(model):
             return
-        with gathered(model):
-            report = range_report(model)
+        report = range_report(model)
         runner.logger.info(f'LieRA  largest |Δ|: {report.max_delta:.4g} in {report.max_delta_layer}  '
                            f'Δ <= -1: {report.sign_change_share:.3%}  zero weights: {report.zero_weights}')
         runner.visualizer.add_scalars(

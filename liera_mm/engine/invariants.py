@@ -19,8 +19,9 @@ from ..core.checkpoint import digest
 from ..core.errors import SetupError
 from ..core.group import MULTIPLICATIVE
 from ..core.report import range_report
+from ..core.wrappers import in_shards
 from ..models.pretrained import pretrained_backbones
-from .sharding import in_shards, local
+from .sharding import local
 
 SAMPLES = 1024  # of each frozen tensor
 

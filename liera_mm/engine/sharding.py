@@ -1,7 +1,6 @@
 """Training with every tensor in shards, one for each process, where a model is too large for one GPU."""
-import contextlib
 import time
-from typing import Any, Callable, Dict, Iterator, Optional
+from typing import Any, Callable, Dict, Optional
 
 import mmengine
 import torch
@@ -97,24 +96,6 @@ def _refuse_to_train(model: nn.Module, *_: Any) -> None:
         raise SetupError('nothing has sharded the model: each process would train one of its own.',
                          "LieRAHook does that: add custom_hooks = [dict(type='LieRAHook')], or train without shards: "
                          '--cfg-options runner_type=Runner')
-
-
-def in_shards(model: nn.Module) -> bool:
-    """Whether the parameters of a model are sharded: what needs them whole has to gather them first."""
-    return any(hasattr(parameter, 'to_local') for parameter in model.parameters())
-
-
-@contextlib.contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
-    """All parameters of a sharded model are whole in here, to be read; all processes have to enter. Else it does nothing."""
-    units = [module for module in model.modules() if hasattr(module, 'unshard')]
-    for unit in units:
-        unit.unshard()
-    try:
-        yield
-    finally:
-        for unit in units:
-            unit.reshard()
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -10,12 +10,14 @@ from mmengine.model import ExponentialMovingAverage, MMDistributedDataParallel
 from mmengine.utils import digit_version
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 import liera_mm
 from liera_mm.core.adapters import active_adapter
 from liera_mm.core.checkpoint import fingerprint
+from liera_mm.core.errors import SetupError
 from liera_mm.core.wrappers import unwrap
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -164,6 +166,73 @@ def test_wrappers_that_must_come_later(net, wrapper, part):
     with pytest.raises(ValueError, match='adapt the model first, then wrap it'):
         liera_mm.adapt(model)
     assert not any(hasattr(module, 'adapter') for module in model.modules())
+
+
+# Shards
+
+
+@pytest.fixture(params=['sharded', 'gathered', 'the root alone'])
+def sharded(request, bare, image, group):
+    """A copy in shards; after a forward pass the parameters that the root manages stay whole."""
+    fully_shard = pytest.importorskip('torch.distributed.fsdp', reason='torch >= 2.6').fully_shard
+    model = copy.deepcopy(bare)
+    for unit in [] if request.param == 'the root alone' else [model.stem[0], *model.stages]:
+        fully_shard(unit)
+    fully_shard(model)
+    if request.param == 'gathered':
+        model(image)
+    return model
+
+
+def test_reading_shards(sharded, bare, image, tmp_path):
+    expected = sharded(image)
+    torch.testing.assert_close(expected, bare(image))
+    test_reading(sharded, bare, tmp_path)
+    with torch.inference_mode():
+        assert_equal(liera_mm.adapter_state_dict(sharded), liera_mm.adapter_state_dict(bare))
+    assert torch.equal(sharded(image), expected)
+    assert active_adapter(sharded) == active_adapter(bare)
+    sharded.train()(image).sum().backward()
+    trained = [p for p in sharded.parameters() if p.requires_grad]
+    torch.optim.SGD(trained, lr=.1).step()
+    assert all(hasattr(p.grad, 'full_tensor') for p in trained)
+
+
+WRITES = {
+    'set_adapter': lambda model: liera_mm.set_adapter(model, 'cats'),
+    'load_adapter': lambda model: liera_mm.load_adapter(model, {}, 'fish'),
+    'combine': lambda model: liera_mm.combine(model, {'cats': 1.}, 'fish'),
+    'merge': liera_mm.merge,
+    'merge_and_unload': liera_mm.merge_and_unload,
+    'adapters_off': lambda model: liera_mm.adapters_off(model).__enter__(),
+}
+
+
+@pytest.mark.parametrize('write', WRITES)
+def test_writing_to_shards(sharded, write, image):
+    expected = sharded(image)
+    with pytest.raises(SetupError, match=r'The model is in shards.*\nDo this before fully_shard'):
+        WRITES[write](sharded)
+    assert torch.equal(liera_mm.unmerge(sharded)(image), expected)
+
+
+def test_unmerging_shards(bare, group):
+    fully_shard = pytest.importorskip('torch.distributed.fsdp', reason='torch >= 2.6').fully_shard
+    with pytest.raises(SetupError, match='The model is in shards'):
+        liera_mm.unmerge(fully_shard(liera_mm.merge(bare)) or bare)
+
+
+def test_adapting_shards(net, group):
+    fully_shard = pytest.importorskip('torch.distributed.fsdp', reason='torch >= 2.6').fully_shard
+    fully_shard(net.stem)
+    with pytest.raises(ValueError, match='stem is inside of FSDPModule.*adapt the model first, then wrap it'):
+        liera_mm.adapt(net)
+
+
+def test_flat_shards(bare, group):
+    """Those of FullyShardedDataParallel, FSDP's first form, would replace each layer's parameters."""
+    with pytest.raises(SetupError, match=r'fully_shard\(model\)'):
+        FullyShardedDataParallel(bare, use_orig_params=True, device_id=torch.device('cpu'))
 
 
 def test_a_module_that_is_called_like_a_wrapper_keeps_its_name(image):

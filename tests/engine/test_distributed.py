@@ -1,5 +1,6 @@
 """Two processes do what one does: the same gradients, checkpoints and metrics. On the CPU, over gloo."""
 import contextlib
+import copy
 import functools
 import itertools
 import json
@@ -27,6 +28,7 @@ from mmengine.registry import MODELS
 from pictures import IMAGES
 from yapf.yapflib import yapf_api
 
+import liera_mm
 from liera_mm.core.errors import SetupError
 from liera_mm.engine.checkpoint import read_checkpoint
 from liera_mm.engine.cli import build_runner, load_config
@@ -143,6 +145,35 @@ def run_detector(rank, processes, what, work_dir, options):
     scalars = {name[len('val/'):]: scalar.current() for name, scalar in runner.message_hub.log_scalars.items()
                if name.startswith('val/coco/')}
     return scalars if what == 'validate' else runner.iter
+
+
+def use_in_shards(rank, processes, folder):
+    """What the public functions give of a model that is whole, and in shards; of tensors that do not divide evenly."""
+    torch.distributed.init_process_group('gloo')
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.BatchNorm2d(5), torch.nn.Conv2d(5, 1, 1)).eval()
+    model = liera_mm.adapt(model, rank=3, train_norm=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.rand_like(parameter), alpha=.1 * parameter.requires_grad)
+    sharded = copy.deepcopy(model)
+    torch.distributed.fsdp.fully_shard(sharded[0])
+    torch.distributed.fsdp.fully_shard(sharded)
+    results = []
+    for each, name in ((model, 'whole'), (sharded, 'shards')):
+        liera_mm.save_adapter(each, folder / f'{name}-{rank}')
+        results.append((liera_mm.adapter_state_dict(each), liera_mm.export(each), liera_mm.summary(each),
+                        liera_mm.range_report(each), liera_mm.layer_reports(each),
+                        (folder / f'{name}-{rank}').read_bytes()))
+    refusals = []
+    load = functools.partial(liera_mm.load_adapter, source=folder / f'whole-{rank}')
+    for write in (liera_mm.merge, liera_mm.merge_and_unload, load):
+        try:
+            write(sharded)
+        except SetupError as error:
+            refusals.append(str(error))
+    x = torch.ones(1, 3, 5, 5)
+    return results, refusals, [local(p).numel() for p in sharded.parameters()], model(x), sharded(x)
 
 
 def in_process(function, rank, processes, port, args):
@@ -355,6 +386,20 @@ def test_checkpoints_of_shards(trained):
     ours, theirs = ({number: state['momentum_buffer'] for number, state in checkpoint['optimizer']['state'].items()}
                     for checkpoint in (ours, theirs))
     assert_close(ours, theirs)
+
+
+def test_public_functions_of_a_model_in_shards(run, tmp_path):
+    if not hasattr(torch.distributed.fsdp, 'fully_shard'):
+        pytest.skip('torch >= 2.6')
+    held = []
+    for (whole, shards), refusals, held_here, expected, output in run(use_in_shards, 2, tmp_path):
+        for ours, theirs in zip(shards[:2], whole):
+            assert_same(ours, theirs)
+        assert shards[2:] == whole[2:]
+        assert len(refusals) == 3 and all(text.startswith('The model is in shards') for text in refusals)
+        torch.testing.assert_close(output, expected)
+        held.append(held_here)
+    assert all(a or b for a, b in zip(*held)) and held[0] != held[1]
 
 
 def test_who_shards(run, tmp_path):
