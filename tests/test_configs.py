@@ -34,6 +34,8 @@ COCO_CONFIGS = {
     'liera-compact_r16': (3_977_600, 'taylor', 'dense'),
     'pissa_r16': (RANK_16, 'additive', 'pissa'),
     'pissa-liera_r16': (RANK_16, 'taylor', 'pissa'),
+    'milora_r16': (RANK_16, 'additive', 'milora'),
+    'milora-liera_r16': (RANK_16, 'taylor', 'milora'),
     'dora_r16': (RANK_16 + OUTPUT_CHANNELS, 'additive', 'dora'),
     'dora-liera_r16': (RANK_16 + OUTPUT_CHANNELS, 'taylor', 'dora'),
     'l_liera_r16': (25_892_160, 'taylor', 'lora'),

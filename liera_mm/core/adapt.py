@@ -82,7 +82,7 @@ def adapt(model: nn.Module,
         model: Any module; for a detector, its backbone.
         rank: Rank r of the low-rank factors, at least 1.
         alpha: Numerator of the scale alpha / rank of Δ.
-        method: How Δ is parameterised: ``lora``, ``pissa`` or ``dora`` (low-rank factors), or ``dense``.
+        method: How Δ is parameterised: ``lora``, ``pissa``, ``milora`` or ``dora`` (low-rank factors), or ``dense``.
         update: How Δ moves the weight: ``taylor`` (LieRA, Eq. 8), ``exp`` (Eq. 5) or ``additive`` (LoRA, Eq. 2).
         scale: ``relative`` divides Δ by the root mean square of the layer's frozen weight under the multiplicative updates:
             then the same alpha and learning rate move a weight as far as they do under ``additive``, where the setting

@@ -4,7 +4,7 @@
 holds the trained tensors; calling it gives Δ in float32 or better, and Δ is exactly zero at start.
 """
 import math
-from typing import Callable, Optional, Sequence, Tuple, Union
+from typing import Callable, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +51,17 @@ def root_mean_square(weight: Tensor) -> Tensor:
 def leading_factors(matrix: Tensor, rank: int) -> Tuple[Tensor, Tensor]:
     """A = √S Vᵀ and B = U √S of a matrix's leading singular triplets, so that B A is its best approximation of that rank.
 
+    See :func:`minor_factors`.
+    """
+    return _singular_factors(matrix, slice(0, rank))
+
+
+def minor_factors(matrix: Tensor, rank: int) -> Tuple[Tensor, Tensor]:
+    """A = √S Vᵀ and B = U √S of a matrix's last singular triplets, of those with a singular value that is no rounding error.
+
     By an eigendecomposition of the smaller Gram matrix in float64, many times faster than a singular value decomposition;
-    on the CPU, where every process of a distributed training finds the same.
+    on the CPU, where every process of a distributed training finds the same. A pair of singular vectors has the sign with
+    which the largest entry of the shorter one is positive.
 
     Args:
         matrix: The matrix, ``(n, m)``.
@@ -61,14 +70,20 @@ def leading_factors(matrix: Tensor, rank: int) -> Tuple[Tensor, Tensor]:
     Returns:
         A, ``(r, m)``, and B, ``(n, r)``, in float64 and on the matrix's device, with r at most ``rank``.
     """
+    return _singular_factors(matrix, slice(-rank, None))
+
+
+def _singular_factors(matrix: Tensor, chosen: slice) -> Tuple[Tensor, Tensor]:
     wide = matrix.double().cpu()
     tall = len(wide) > wide.shape[1]
     wide = wide.T if tall else wide
     values, vectors = torch.linalg.eigh(wide @ wide.T)
-    singular = values.flip(0).clamp(min=0).sqrt()
-    r = min(rank, int((singular > 1e-6 * singular[0]).sum()))
-    left = vectors.flip(1)[:, :r] * singular[:r].sqrt()
-    right = wide.T @ left / singular[:r]
+    singular, vectors = values.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
+    count = int((singular > 1e-6 * singular[0]).sum())
+    singular, vectors = singular[:count][chosen], vectors[:, :count][:, chosen]
+    vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
+    left = vectors * singular.sqrt()
+    right = wide.T @ left / singular
     a, b = (left.T, right) if tall else (right.T, left)
     return a.to(matrix.device), b.to(matrix.device)
 
@@ -88,7 +103,11 @@ class Perturbation(nn.Module):
     Attributes:
         scale (float): alpha / rank.
         rms (Tensor | None): The root mean square of the frozen weight, by which a relative Δ is divided.
+        unrestricted (bool): Whether every tensor is a Δ of this kind, by trained tensors that are known at once.
+        rescales (bool): Whether :meth:`finish` has anything to do.
     """
+    unrestricted = False
+    rescales = False
 
     def __init__(self, weight: Tensor, groups: int, rank: int, alpha: float, transposed: bool = False,
                  relative: bool = False):
@@ -118,9 +137,37 @@ class Perturbation(nn.Module):
         """A and B such that Δ = factor · reshape(B A), in float32 or better; None if Δ is not of that form."""
         return None
 
+    def forward(self) -> Tensor:
+        return low_rank(*self.factors(), self.factor, self.shape)
+
     def finish(self, moved: Tensor) -> Tensor:
         """The effective weight, from the weight that the update rule has moved by Δ; for most they are the same."""
         return moved
+
+    @property
+    def matrix(self) -> Tuple[int, int]:
+        """Rows and columns of Δ as the matrix that the parameterisation is about."""
+        a, b = self.factors()
+        return len(b), a.shape[1]
+
+    @property
+    def delta_rank(self) -> int:
+        """The largest rank that Δ can have as that matrix."""
+        return min(*self.matrix, len(self.factors()[0]))
+
+    @property
+    def oversized(self) -> bool:
+        """Whether its rank is above the dimensions of Δ, which then can be every tensor, and there are fewer weights."""
+        return False
+
+    def project(self, delta: Tensor, target: Tensor) -> None:
+        """Take the Δ that is nearest to another, in Euclidean norm.
+
+        Args:
+            delta: The other, in the shape of the weight.
+            target: The weight that it leads to.
+        """
+        raise NotImplementedError
 
     def combine(self, terms: Sequence[Tuple[float, 'Perturbation']], move: Callable[[Tensor], Tensor]) -> None:
         """Become Σ w · Δ of other perturbations of the same weight, of any rank; what trains has other tensors then.
@@ -140,6 +187,7 @@ class Dense(Perturbation):
 
     For a depthwise kernel it has fewer parameters than the factors of any rank above 1, and contains all their Δ.
     """
+    unrestricted = True
 
     def build(self, weight: Tensor) -> None:
         self.rank, self.scale = None, 1.
@@ -147,6 +195,18 @@ class Dense(Perturbation):
 
     def forward(self) -> Tensor:
         return at_least_float32(self.delta) * self.factor
+
+    @property
+    def matrix(self) -> Tuple[int, int]:
+        (_, columns), (rows, _) = factor_shapes(self.shape, self.groups, rank=1)
+        return rows, columns
+
+    @property
+    def delta_rank(self) -> int:
+        return min(self.matrix)
+
+    def project(self, delta: Tensor, target: Tensor) -> None:
+        self.delta.copy_(delta / self.factor)
 
     def combine(self, terms: Sequence[Tuple[float, Perturbation]], move: Callable[[Tensor], Tensor]) -> None:
         delta = sum(w * other.delta.double() for w, other in terms)
@@ -165,14 +225,32 @@ class LowRank(Perturbation):
     def factors(self) -> Tuple[Tensor, Tensor]:
         return at_least_float32(self.A), at_least_float32(self.B)
 
-    def forward(self) -> Tensor:
-        return low_rank(*self.factors(), self.factor, self.shape)
+    @property
+    def oversized(self) -> bool:
+        return len(self.A) > min(self.matrix)
+
+    def project(self, delta: Tensor, target: Tensor) -> None:
+        a, b = leading_factors(self.product(delta), len(self.A))
+        self.A.zero_()[:len(a)] = a
+        self.B.zero_()[:, :len(a)] = b
+
+    def product(self, delta: Tensor) -> Tensor:
+        """The B A that a Δ takes."""
+        return (delta / self.factor).reshape(self.matrix)
 
     def combine(self, terms: Sequence[Tuple[float, Perturbation]], move: Callable[[Tensor], Tensor]) -> None:
-        self.rank = sum(other.rank for _, other in terms)
-        self.scale = sum(other.scale * other.rank for _, other in terms) / self.rank  # as alpha / rank, were alpha the sum
-        factors = [(w * other.scale / self.scale, other) for w, other in terms]
+        factors = self.add_ranks(terms)
         self.A, self.B = map(nn.Parameter, side_by_side([(w, other.A, other.B) for w, other in factors]))
+
+    def add_ranks(self, terms: Sequence[Tuple[float, Perturbation]]) -> List[Tuple[float, Perturbation]]:
+        """Take the sum of the ranks for rank, and the scale that alpha / rank is, were alpha the sum too.
+
+        Returns:
+            The terms with their weights in units of the new scale.
+        """
+        self.rank = sum(other.rank for _, other in terms)
+        self.scale = sum(other.scale * other.rank for _, other in terms) / self.rank
+        return [(w * other.scale / self.scale, other) for w, other in terms]
 
 
 class Pissa(LowRank):
@@ -182,6 +260,7 @@ class Pissa(LowRank):
     depends on repeating a decomposition. Where the factors have more rows than W has singular values, the rest of A is
     Kaiming-uniform and the rest of B zero.
     """
+    start = staticmethod(leading_factors)
 
     def build(self, weight: Tensor) -> None:
         super().build(weight)
@@ -193,8 +272,7 @@ class Pissa(LowRank):
         super().reset(weight)
         if weight.is_meta or not torch.isfinite(weight).all():  # LieRAHook refuses to train on the latter, by name
             return
-        matrix = weight.detach().reshape(len(self.B), -1)
-        a, b = (factor.to(self.A.dtype) for factor in leading_factors(matrix, len(self.A)))
+        a, b = (factor.to(self.A.dtype) for factor in self.start(weight.detach().reshape(self.matrix), len(self.A)))
         self.A[:len(a)], self.B[:, :len(a)] = a, b
         self.A0.copy_(self.A)
         self.B0.copy_(self.B)
@@ -204,10 +282,22 @@ class Pissa(LowRank):
         # B A - B0 A0 as one product, such that it is zero bit for bit at the start
         return torch.cat([a, a - a0]), torch.cat([b - b0, b0], 1)
 
+    def product(self, delta: Tensor) -> Tensor:
+        return super().product(delta) + self.B0 @ self.A0
+
     def combine(self, terms: Sequence[Tuple[float, Perturbation]], move: Callable[[Tensor], Tensor]) -> None:
         super().combine(terms, move)
-        factors = [(w * other.scale / self.scale, other) for w, other in terms]
+        factors = self.add_ranks(terms)
         self.A0, self.B0 = side_by_side([(w, other.A0, other.B0) for w, other in factors])
+
+
+class Milora(Pissa):
+    """``method='milora'``: as ``pissa``, with the last singular triplets of W instead of the leading ones.
+
+    MiLoRA (arXiv 2406.09044, Section 3) trains the minor singular components, and leaves to the principal ones what the
+    pretrained weight knows. Triplets that are rounding errors are no start, and left out.
+    """
+    start = staticmethod(minor_factors)
 
 
 class Dora(LowRank):
@@ -215,6 +305,7 @@ class Dora(LowRank):
 
     The magnitude has one value an output channel and starts at the norm of the frozen weight.
     """
+    rescales = True
 
     def build(self, weight: Tensor) -> None:
         super().build(weight)
@@ -239,6 +330,10 @@ class Dora(LowRank):
         norm, _ = _norm(torch.where(scaled[:, None], channels, 1))
         ratio = torch.where(scaled, at_least_float32(self.magnitude) / norm, unit)
         return moved / self._by_channel(unit) * self._by_channel(ratio)
+
+    def project(self, delta: Tensor, target: Tensor) -> None:
+        super().project(delta, target)
+        self.magnitude.copy_(self.norm(target))
 
     def _channels(self, weight: Tensor) -> Tensor:
         """The weight as (out, values of an output channel)."""
@@ -288,4 +383,4 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-METHODS = dict(lora=LowRank, pissa=Pissa, dora=Dora, dense=Dense)
+METHODS = dict(lora=LowRank, pissa=Pissa, milora=Milora, dora=Dora, dense=Dense)

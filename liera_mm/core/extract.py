@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from .adapt import adapted_layers, adapter_names, unmerge
 from .adapters import frozen_names
-from .algebra import Dense, Dora, LowRank, Pissa, leading_factors
 from .group import INVERSES, MULTIPLICATIVE
 from .layers import AdaptedLayer
 from .wrappers import through_wrappers
@@ -35,9 +34,9 @@ class Fit(NamedTuple):
 def extract(model: nn.Module, weights: Dict[str, Tensor], steps: int = 200) -> List[Fit]:
     """Give an adapted model the perturbations that bring it nearest to other weights.
 
-    Low-rank factors begin at the leading singular triplets of the Δ between the two weights, found where that is well
-    conditioned, and L-BFGS minimises ``‖W' - effective weight‖`` from there, in float64. With ``additive`` and ``lora`` the
-    beginning is the best there is.
+    Each perturbation begins at the one of its kind that is nearest to the Δ between the two weights (with low-rank factors,
+    at its leading singular triplets), found where that is well conditioned. L-BFGS minimises ``‖W' - effective weight‖`` from
+    there, in float64. With ``additive``, and ``lora`` or ``atom``, the beginning is the best there is.
 
     Args:
         model: The adapted model, with its base weights in place.
@@ -83,11 +82,12 @@ def fit_layer(layer: AdaptedLayer, target: Tensor, steps: int) -> None:
     weight, target, adapter = exact.frozen_weight.detach(), target.double(), exact.adapter
     change = (target - weight).norm()
     with torch.no_grad():
-        if isinstance(adapter, Dense):
-            adapter.delta.copy_(INVERSES[layer.update](weight, target) / adapter.factor)
-        elif isinstance(adapter, LowRank):
-            _start(adapter, layer.update, weight, target)
-    if change > 0 and not isinstance(adapter, Dense):
+        delta = INVERSES[layer.update](weight, target)
+        if layer.update in MULTIPLICATIVE and not adapter.unrestricted:
+            # Near zero where the weight is: there a large Δ would gain little
+            delta = delta * weight.square() / (weight.square() + weight.square().mean())
+        adapter.project(delta, target)
+    if change > 0 and not adapter.unrestricted:
         optimizer = torch.optim.LBFGS(adapter.parameters(), max_iter=steps, tolerance_grad=1e-9, tolerance_change=1e-12,
                                       history_size=20, line_search_fn='strong_wolfe')
 
@@ -101,22 +101,6 @@ def fit_layer(layer: AdaptedLayer, target: Tensor, steps: int) -> None:
     with torch.no_grad():
         for ours, found in zip(layer.adapter.parameters(), adapter.parameters()):
             ours.copy_(found)
-
-
-def _start(adapter: LowRank, update: str, weight: Tensor, target: Tensor) -> None:
-    if update in MULTIPLICATIVE:
-        # Δ of the Taylor form, but near zero where the weight is: there a large Δ would gain little
-        delta = weight * (target - weight) / (weight.square() + weight.square().mean())
-    else:
-        delta = INVERSES[update](weight, target)
-    product = (delta / adapter.factor).reshape(len(adapter.B), -1)
-    if isinstance(adapter, Pissa):
-        product = product + adapter.B0 @ adapter.A0
-    a, b = leading_factors(product, len(adapter.A))
-    adapter.A.zero_()[:len(a)] = a
-    adapter.B.zero_()[:, :len(a)] = b
-    if isinstance(adapter, Dora):
-        adapter.magnitude.copy_(adapter.norm(target))
 
 
 def _fit(name: str, before: Tensor, target: Tensor, after: Tensor) -> Fit:

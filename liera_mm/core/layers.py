@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy, _symbolic_trace
 
-from .algebra import METHODS, Dora, Perturbation, at_least_float32
+from .algebra import METHODS, Perturbation, at_least_float32
 from .errors import SetupError
 from .group import MULTIPLICATIVE, UPDATES
 from .kernels import builtin_only
@@ -238,7 +238,7 @@ def effective_weights(layers: Sequence[nn.Module], dtype: Optional[torch.dtype] 
                 moved = _by_formula(weight, adapter, layer.update, result)
                 weights[layer] = moved if formula else _in_format_of(weight, moved)
                 continue
-            if isinstance(adapter, Dora):  # which takes a norm of it
+            if adapter.rescales:  # which takes a norm of it
                 result = torch.promote_types(factors[0].dtype, weight.dtype)
             relative = adapter.rms is not None
             alike = (weight.shape, weight.dtype, weight.device, factors[0].shape, factors[0].dtype, relative, layer.update,

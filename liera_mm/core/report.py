@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from .adapt import adapted_layers, layer_kind, scale_of
-from .algebra import factor_shapes
 from .group import MULTIPLICATIVE, UPDATES
 from .layers import AdaptedLayer
 from .wrappers import through_wrappers
@@ -58,7 +57,8 @@ class LayerReport(NamedTuple):
         method: Name of the parameterisation of Δ.
         update: Name of the rule that applies Δ.
         scale: What Δ is measured in, see :func:`~liera_mm.core.adapt.scale_of`.
-        matrix: Rows n and columns m of the weight's matrix view, see :func:`~liera_mm.core.algebra.factor_shapes`.
+        matrix: Rows n and columns m of the weight as the matrix that the method is about: for ``dense`` and low-rank factors
+            the matrix view of :func:`~liera_mm.core.algebra.factor_shapes`.
         delta_rank: Largest rank that Δ can have as a matrix: the rows of A, rank · k (PiSSA's two products: twice that), or
             min(n, m) where that is less. Under ``additive`` it is the rank capacity of the paper's Section 4.4.
         rank: Numerical rank of the weight's change, as a matrix, see :func:`numerical_rank`; 0 where nothing has changed,
@@ -119,9 +119,7 @@ def _layer_report(name: str, layer: AdaptedLayer) -> LayerReport:
     change = adapter.finish(UPDATES[layer.update](weight, delta)) - weight
     if layer.untrained:
         change.zero_()  # in float64, DoRA's magnitude differs from the norm it was set to in the layer's precision
-    (_, columns), (rows, _) = factor_shapes(weight.shape, adapter.groups, rank=1)
-    factors = adapter.factors()
-    change = change.reshape(rows, columns)
+    change = change.reshape(adapter.matrix)
     taylor_error = relative_error = None
     if layer.update in MULTIPLICATIVE:
         taylor_error = (torch.expm1(delta) - delta).norm().item()
@@ -132,8 +130,8 @@ def _layer_report(name: str, layer: AdaptedLayer) -> LayerReport:
         layer.method,
         layer.update,
         scale_of(layer),
-        matrix=(rows, columns),
-        delta_rank=min(rows, columns, len(factors[0]) if factors else rows),
+        matrix=adapter.matrix,
+        delta_rank=adapter.delta_rank,
         rank=numerical_rank(change) if torch.isfinite(change).all() else None,
         relative_change=share if math.isfinite(share := (change.norm() / weight.norm()).item()) else None,
         delta_quantiles=tuple(_quantile(delta.abs().flatten(), share) for share in QUANTILES),

@@ -89,8 +89,7 @@ def ranks_above_dimensions(model: nn.Module) -> List[str]:
 
     That is no error: the paper's own configs, with rank 16 on depthwise kernels of 7 rows, have such layers.
     """
-    return [name for name, layer in adapted_layers(model)
-            if layer.method != 'dense' and len(layer.adapter.A) > min(layer.adapter.A.shape[1], len(layer.adapter.B))]
+    return [name for name, layer in adapted_layers(model) if layer.adapter.oversized]
 
 
 # While training

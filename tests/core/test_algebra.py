@@ -8,7 +8,14 @@ from mmpretrain.models.backbones import ConvNeXt
 from torch import nn
 
 from liera_mm import adapt, summary
-from liera_mm.core.algebra import METHODS, at_least_float32, factor_shapes, leading_factors, low_rank
+from liera_mm.core.algebra import (
+    METHODS,
+    at_least_float32,
+    factor_shapes,
+    leading_factors,
+    low_rank,
+    minor_factors,
+)
 
 LAYERS = [
     nn.Linear(6, 10),
@@ -179,6 +186,34 @@ def test_leading_factors_are_the_best_approximation(shape, rank):
     torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0))
 
 
+@pytest.mark.parametrize('rank', [1, 3, 8])
+@pytest.mark.parametrize('shape', [(6, 10), (10, 6)])
+def test_minor_factors_are_the_last_triplets(shape, rank):
+    matrix = torch.randn(shape)
+    a, b = minor_factors(matrix, rank)
+    u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    r = min(rank, *shape)
+    torch.testing.assert_close(b @ a, u[:, -r:] * s[-r:] @ v[-r:])
+    torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0))
+
+
+def test_minor_factors_are_no_rounding_errors():
+    """A pair of A and B that are both zero would never train."""
+    matrix = torch.randn(7, 3) @ torch.randn(3, 5)
+    a, b = minor_factors(matrix, 2)
+    u, s, v = torch.linalg.svd(matrix.double())
+    torch.testing.assert_close(b @ a, u[:, 1:3] * s[1:3] @ v[1:3], rtol=1e-5, atol=1e-6)
+    assert len(minor_factors(torch.zeros(3, 4), 2)[0]) == 0
+
+
+@pytest.mark.parametrize('factors', [leading_factors, minor_factors])
+@pytest.mark.parametrize('shape', [(6, 10), (10, 6)])
+def test_signs_of_singular_vectors_are_settled(shape, factors):
+    a, b = factors(torch.randn(shape), 4)
+    vectors = a if shape[0] > shape[1] else b.T
+    assert (vectors.gather(1, vectors.abs().argmax(1, keepdim=True)) > 0).all()
+
+
 def test_leading_factors_leave_out_what_the_matrix_does_not_have():
     matrix = torch.randn(7, 2) @ torch.randn(2, 5)
     a, b = leading_factors(matrix, 4)
@@ -187,10 +222,10 @@ def test_leading_factors_leave_out_what_the_matrix_does_not_have():
     assert len(leading_factors(torch.zeros(3, 4), 2)[0]) == 0
 
 
-def test_pissa_starts_at_the_leading_triplets_and_keeps_them():
+@pytest.mark.parametrize(('method', 'triplets'), [('pissa', slice(6)), ('milora', slice(-6, None))])
+def test_pissa_starts_at_the_leading_triplets_and_milora_at_the_last_and_they_keep_them(method, triplets):
     layer = nn.Conv2d(6, 8, 3)
-    adapter = METHODS['pissa'](layer.weight, 1, 2, 2.)
-    matrix = layer.weight.detach().reshape(24, 18)
-    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-    torch.testing.assert_close(adapter.B0 @ adapter.A0, u[:, :6] * s[:6] @ v[:6])
+    adapter = METHODS[method](layer.weight, 1, 2, 2.)
+    u, s, v = torch.linalg.svd(layer.weight.detach().reshape(24, 18), full_matrices=False)
+    torch.testing.assert_close(adapter.B0 @ adapter.A0, u[:, triplets] * s[triplets] @ v[triplets])
     assert torch.equal(adapter.A, adapter.A0) and torch.equal(adapter.B, adapter.B0)

@@ -124,6 +124,7 @@ LOW_RANK = lambda old, new: ALPHA / RANK * (new['B'] @ new['A'] - old['B'] @ old
 DELTAS = {
     'lora': LOW_RANK,
     'pissa': LOW_RANK,
+    'milora': LOW_RANK,
     'dora': LOW_RANK,
     'dense': lambda old, new: new['delta'],
 }

@@ -99,11 +99,12 @@ LAYERS = {
 @every_setting
 @pytest.mark.parametrize('kind', LAYERS)
 def test_rank_of_the_change(perturb, kind, method, update):
-    """LoRA's is that of its factors, r k; PiSSA's twice that; the other methods and updates reach all of min(n, m)."""
+    """LoRA's is that of its factors, r k; that of PiSSA and MiLoRA twice that; others reach all of min(n, m)."""
     make, matrix, factor_rank = LAYERS[kind]
     report, = layer_reports(perturb(adapt(nn.Sequential(make()), rank=2, method=method, update=update)))
     full = min(matrix)
-    delta_rank = dict(lora=factor_rank, dora=factor_rank, pissa=min(2 * factor_rank, full), dense=full)[method]
+    twice = min(2 * factor_rank, full)
+    delta_rank = dict(lora=factor_rank, dora=factor_rank, pissa=twice, milora=twice, dense=full)[method]
     assert (report.matrix, report.delta_rank) == (matrix, delta_rank)
     assert report.rank == (delta_rank if update == 'additive' and method != 'dora' else full)
 

@@ -3,8 +3,9 @@
 
 Models are built from their configurations, without weights and without memory for them. A figure in M is the trainable
 parameters; one in % is their share of all parameters, factors included. Counts of detectors are those of the backbone, as in
-the paper: neck and heads train as well. LoRA and LieRA have the same count, for it does not depend on the update. Left out
-are the 100 % of full fine-tuning in Table 4, and the methods of others in Table 3 (Series, Parallel, MiLoRA).
+the paper: neck and heads train as well. LoRA and LieRA have the same count, for it does not depend on the update; nor on where
+factors start, which makes PISSA and MiLoRA of theirs. Left out
+are the 100 % of full fine-tuning in Table 4, and the methods of others in Table 3 (Series, Parallel).
 """
 import argparse
 import contextlib
@@ -227,7 +228,7 @@ SHARES = [
      '{frozen:.2f} % of the frozen parameters; no one definition of the share gives all of Table 3'),
     ('3', 'LoRA, LieRA r=32', 'LLaMA-7B', 32, .83, ''),
     ('3', 'LoRA, LieRA r=16', 'LLaMA3-8B', 16, .35, ''),
-    ('3', 'LoRA, LieRA, PISSA r=32', 'LLaMA3-8B', 32, .70, '{frozen:.2f} % of the frozen parameters'),
+    ('3', 'LoRA, LieRA, PISSA, MiLoRA r=32', 'LLaMA3-8B', 32, .70, '{frozen:.2f} % of the frozen parameters'),
     ('4', 'LoRA, LieRA r=2', 'DeBERTaV3-base', 2, .18, ''),
     ('4', 'LoRA, LieRA r=8', 'DeBERTaV3-base', 8, .72, ''),
     ('4', 'LoRA, LieRA r=2', 'DeBERTaV3-large', 2, .20, ''),

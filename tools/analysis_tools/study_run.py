@@ -48,6 +48,8 @@ METHODS: Dict[str, Optional[Dict[str, Any]]] = {
     'dora-liera': dict(method='dora', update='taylor', scale='relative'),
     'pissa': dict(method='pissa', update='additive'),
     'pissa-liera': dict(method='pissa', update='taylor', scale='relative'),
+    'milora': dict(method='milora', update='additive'),
+    'milora-liera': dict(method='milora', update='taylor', scale='relative'),
     'compact': dict(update='taylor', scale='relative', overrides=[dict(targets=['depthwise'], method='dense')]),
     'lora-compact': dict(update='additive', overrides=[dict(targets=['depthwise'], method='dense')]),
     'liera+norms': dict(update='taylor', scale='relative', train_norm=True),
