@@ -35,8 +35,8 @@ def extract(model: nn.Module, weights: Dict[str, Tensor], steps: int = 200) -> L
     """Give an adapted model the perturbations that bring it nearest to other weights.
 
     Each perturbation begins at the one of its kind that is nearest to the Δ between the two weights (with low-rank factors,
-    at its leading singular triplets), found where that is well conditioned. L-BFGS minimises ``‖W' - effective weight‖`` from
-    there, in float64. With ``additive``, and ``lora`` or ``atom``, the beginning is the best there is.
+    at its leading singular triplets), found where that is well conditioned. L-BFGS minimises ``‖W' - effective weight‖``
+    from there, in float64. With ``additive`` and ``lora`` the beginning is the best there is.
 
     Args:
         model: The adapted model, with its base weights in place.

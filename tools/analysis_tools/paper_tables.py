@@ -3,9 +3,9 @@
 
 Models are built from their configurations, without weights and without memory for them. A figure in M is the trainable
 parameters; one in % is their share of all parameters, factors included. Counts of detectors are those of the backbone, as in
-the paper: neck and heads train as well. LoRA and LieRA have the same count, for it does not depend on the update; nor on where
-factors start, which makes PISSA and MiLoRA of theirs. Left out
-are the 100 % of full fine-tuning in Table 4, and the methods of others in Table 3 (Series, Parallel).
+the paper: neck and heads train as well. LoRA and LieRA have the same count, for it does not depend on the update; PISSA and
+MiLoRA too, for it does not depend on where factors start. Left out are the 100 % of full fine-tuning in Table 4, and the
+methods of others in Table 3 (Series, Parallel).
 """
 import argparse
 import contextlib
