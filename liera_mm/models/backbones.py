@@ -4,9 +4,11 @@ import inspect
 import logging
 from typing import Any, Dict, Iterable, Optional, Type
 
+import torch
 from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..core.adapt import adapt, check_choice, logger
 from ..core.errors import SetupError
@@ -63,6 +65,10 @@ def adapt_or_freeze(model: nn.Module, liera: Optional[Dict[str, Any]]) -> None:
     if liera is None:
         model.requires_grad_(False)
         return
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not (parameter.is_meta or is_lazy(parameter) or torch.isfinite(parameter).all()):
+                parameter.fill_(1.)  # memory never written to, as in TridentNet: its weights are still to come
     try:
         for name in liera:
             check_choice('setting', name, [*inspect.signature(adapt).parameters][1:])

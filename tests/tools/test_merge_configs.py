@@ -125,6 +125,9 @@ def test_coco_configs_train_and_test_without_this_package(merged, run_stock, tmp
         options.update({f'{split}_dataloader.dataset.{option}': value for option, value in dict(
             data_root='', ann_file=str(tmp_path / 'all.json'), data_prefix=dict(img=str(tmp_path)),
             metainfo=dict(classes=['person'])).items()})
-    assert len(COCO) >= 14
-    run_stock(TRAIN_AND_TEST, options, *(merged[name] for name in COCO), cwd=tmp_path)
-    assert sorted(osp.basename(path.parent) for path in merged[COCO[0]].parent.glob('*/epoch_1.pth')) == sorted(COCO)
+    # Methods and ranks are in the weights alone; of configs that came out the same one is enough
+    different = {Config.fromfile(merged[name].with_suffix('.py')).pretty_text: name for name in COCO}
+    different = sorted(different.values())
+    assert len(COCO) >= 14 and len(different) >= 3
+    run_stock(TRAIN_AND_TEST, options, *(merged[name] for name in different), cwd=tmp_path)
+    assert sorted(osp.basename(path.parent) for path in merged[COCO[0]].parent.glob('*/epoch_1.pth')) == different
