@@ -1,4 +1,5 @@
 """Versions of other packages: too old ones are refused, and those that do not fit each other are made to."""
+import functools
 import re
 import runpy
 import sys
@@ -42,6 +43,7 @@ def install() -> None:
     - mmpretrain's optional multimodal part is kept off with transformers 5 or later.
     - mmdet's optional text encoders are left out where transformers cannot be imported for torch is too old for it.
     - mmdet 3.3 and mmsegmentation 1.2 take any mmcv 2, not only those below 2.2.
+    - mmdet's PointAssigner, that of RepPoints, works on a GPU, where it indexes a tensor on the host.
     - If mmcv was imported first and goes on without its operators, it gets the one that mmdet asks it for.
     """
     if _finder not in sys.meta_path:
@@ -91,12 +93,25 @@ def _with_any_mmcv(module, run: Callable) -> None:
             mmcv.__version__ = version
 
 
+def _with_points_on_their_device(module, run: Callable) -> None:
+    run(module)
+    assign = module.PointAssigner.assign
+
+    @functools.wraps(assign)
+    def assign_on_device(self, pred_instances, *args, **kwargs):
+        with pred_instances.priors.device:
+            return assign(self, pred_instances, *args, **kwargs)
+
+    module.PointAssigner.assign = assign_on_device
+
+
 class _Finder(MetaPathFinder):
     """Has some modules of other packages executed in the way that is given for them."""
     ways = {
         'mmpretrain.utils.dependency': _without_multimodal,
         'transformers.modeling_utils': _or_import_error,
         'mmdet': _with_any_mmcv,
+        'mmdet.models.task_modules.assigners.point_assigner': _with_points_on_their_device,
         'mmseg': _with_any_mmcv,
     }
 

@@ -34,10 +34,27 @@ def LieRABackbone(backbone: Optional[Dict[str, Any]] = None, liera: Optional[Dic
     refuse_leftovers('LieRABackbone', [name for name in kwargs if name != 'init_cfg'])
     if backbone is None:
         raise SetupError('LieRABackbone has no backbone to adapt', 'Give it as backbone=dict(type=..., ...)')
-    model = MODELS.build({**backbone, **kwargs} if kwargs else backbone)
+    model = _build({**backbone, **kwargs} if kwargs else backbone)
     if not isinstance(model, PretrainedBackbone):
         model.__class__ = _pretrained_class(type(model))
     adapt_or_freeze(model, liera)
+    return model
+
+
+def _build(cfg: Dict[str, Any]) -> nn.Module:
+    """Build a backbone, and initialise what its constructor leaves to pretrained weights, as TridentNet's convolutions do.
+
+    Until then it is whatever was in memory, of which it depends whether a layer can be adapted: NaN, nothing but zeros.
+    """
+    mode, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # which fills fresh memory with NaN
+    try:
+        model = MODELS.build(cfg)
+    finally:
+        torch.use_deterministic_algorithms(mode, warn_only=warn_only)
+    for parameter in model.parameters():
+        if not parameter.is_meta and parameter.dim() > 1 and parameter.isnan().all():
+            nn.init.kaiming_uniform_(parameter, a=5**.5)  # as torch's layers are
     return model
 
 

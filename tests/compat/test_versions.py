@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from operators import fallback_only
+from operators import DEVICES, fallback_only
 from processes import check_python, fake_transformers, run_python
 
 from liera_mm.compat import versions
@@ -99,6 +99,23 @@ assert not hasattr(transformer, 'MultiScaleDeformableAttention')
 compat.install()
 import mmcv.ops
 assert transformer.MultiScaleDeformableAttention is mmcv.ops.MultiScaleDeformableAttention''')
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_points_are_assigned_on_their_device(device):
+    """mmdet makes their numbers on the host, with which those on a GPU cannot be indexed."""
+    from mmdet.models.task_modules.assigners import PointAssigner
+    from mmengine.structures import InstanceData
+    points = torch.tensor([[x, y, 8.] for y in range(0, 32, 8) for x in range(0, 32, 8)], device=device)
+    boxes = torch.tensor([[0., 0, 20, 20], [16, 16, 40, 40]], device=device)
+    default = torch.get_default_device()
+    torch.set_default_device('meta')  # the host, as seen from a GPU
+    try:
+        result = PointAssigner(pos_num=1).assign(InstanceData(priors=points), InstanceData(
+            bboxes=boxes, labels=torch.tensor([3, 5], device=device)))
+    finally:
+        torch.set_default_device(default)
+    assert result.gt_inds.tolist() == [0] * 5 + [1] + [0] * 9 + [2]
 
 
 # transformers

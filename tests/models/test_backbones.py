@@ -158,6 +158,33 @@ def test_without_liera_all_is_frozen(case, picture):
     assert not model.train()(picture)[3].requires_grad
 
 
+@mmengine.registry.MODELS.register_module()
+class Uninitialised(nn.Module):
+    """As TridentNet's backbone, of which pretrained weights alone are the weights."""
+
+    def __init__(self, fill=None):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 3)
+        self.layer.weight = nn.Parameter(torch.Tensor(4, 3, 3, 3) if fill is None else torch.full((4, 3, 3, 3), fill))
+        self.norm = nn.BatchNorm2d(4)
+
+
+@pytest.mark.parametrize('fill', [None, float('nan')])
+@pytest.mark.parametrize('deterministic', [False, True])
+def test_weights_that_are_whatever_was_in_memory(fill, deterministic):
+    """Whether a layer is adapted does not depend on that, nor does the mode change in which torch is."""
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        model = mmengine.registry.MODELS.build(
+            dict(type='LieRABackbone', backbone=dict(type='Uninitialised', fill=fill), liera=dict(rank=2)))
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert [name for name, _ in adapted_layers(model)] == ['layer'] and not model.trained_in_place
+    assert model.layer.weight.isfinite().all() and model.layer.weight.std() > .05
+
+
 @pytest.mark.parametrize('decay_type', ['layer_wise', 'stage_wise'])
 @pytest.mark.parametrize('name', ['convnext-v2', 'around-convnext-v2'])
 def test_layerwise_learning_rates(name, decay_type):
