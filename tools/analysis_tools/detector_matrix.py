@@ -106,13 +106,14 @@ def inputs(model: Dict[str, Any], size: int) -> Dict[str, Any]:
     return data
 
 
-def few_samples(train_cfg: Any) -> None:
-    """Let second stages have a few proposals of so small images instead of hundreds, in place."""
-    for value in train_cfg.values() if isinstance(train_cfg, dict) else train_cfg or ():
-        if isinstance(value, (dict, list)):
-            few_samples(value)
-    if isinstance(train_cfg, dict) and isinstance(train_cfg.get('sampler'), dict):
-        train_cfg['sampler']['num'] = min(train_cfg['sampler'].get('num', 0), 32)
+def make_small(cfg: Any) -> None:
+    """Have images not resized or padded to a size of full training, and few proposals of a second stage; in place."""
+    for value in cfg.values() if isinstance(cfg, dict) else cfg if isinstance(cfg, (list, tuple)) else ():
+        make_small(value)
+    if isinstance(cfg, dict):
+        cfg.pop('batch_augments', None)
+        if isinstance(cfg.get('sampler'), dict) and 'num' in cfg['sampler']:
+            cfg['sampler']['num'] = min(cfg['sampler']['num'], 32)
 
 
 def try_training(model: Dict[str, Any], scope: str, folder: Path, size: int) -> Iterator[None]:
@@ -130,9 +131,10 @@ def try_training(model: Dict[str, Any], scope: str, folder: Path, size: int) -> 
     from liera_mm.engine.plain import plain_config
 
     init_default_scope(scope)
-    MessageHub.get_current_instance().update_info('epoch', 0)  # which some heads look up
+    for counter, value in dict(epoch=0, iter=0, max_epochs=12, max_iters=1000).items():
+        MessageHub.get_current_instance().update_info(counter, value)  # which some heads look up
     data, model = inputs(model, size), copy.deepcopy(model)
-    few_samples(model.get('train_cfg'))
+    make_small(model)
 
     def losses(detector, seed=0):
         set_random_seed(seed)
