@@ -1,10 +1,33 @@
-"""README's one edit on a few of MMDetection's own configs, in the tool that tries them all."""
+"""README's one edit on MMDetection's own configs, in the tool that tries them all; and that each of its columns can fail."""
+import copy
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+
+import liera_mm
+
 TOOL = Path(__file__).parents[2] / 'tools/analysis_tools/detector_matrix.py'
+spec = importlib.util.spec_from_file_location('detector_matrix', TOOL)
+matrix = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(matrix)
+
+CONFIGS = [
+    'centernet/centernet_r18-dcnv2_8xb16-crop512-140e_coco.py',
+    'pvt/retinanet_pvtv2-b0_fpn_1x_coco.py',
+    'regnet/mask-rcnn_regnetx-400MF_fpn_ms-poly-3x_coco.py',
+    'retinanet/retinanet_r18_fpn_1x_coco.py',
+    'retinanet/retinanet_r18_fpn_1xb8-1x_coco.py',  # the same model
+    'rtmdet/rtmdet_tiny_8xb32-300e_coco.py',
+    'yolo/yolov3_mobilenetv2_8xb24-320-300e_coco.py',
+    'yolox/yolox_nano_8xb8-300e_coco.py',
+]
 
 
 def run(out, *arguments):
@@ -12,13 +35,119 @@ def run(out, *arguments):
 
 
 def test_configs_of_the_zoo(tmp_path):
-    """Frozen stages, and a part of the backbone that nothing uses; what was tried is not tried again."""
+    """Frozen stages, what is not adapted, parts that nothing uses; what was tried is not tried again."""
     out = tmp_path / 'out.json'
-    names = ['retinanet/retinanet_r18_fpn_1x_coco.py', 'yolo/yolov3_mobilenetv2_8xb24-320-300e_coco.py']
-    assert '2 of the 2 configs that stock MMDetection can train here pass every column; 0 of 2 it cannot' in run(out, *names)
+    printed = run(out, *CONFIGS).strip()
+    assert '8 of the 8 configs that stock MMDetection can train here pass every column; 0 of 8 it cannot.' in printed
     results = json.loads(out.read_text())
-    assert all(set(row.values()) == {'ok'} and list(row)[-1] == 'export' for row in results.values())
-    results[names[0]] = dict(stock='failed')
+    assert len(results['rows']) == 7
+    assert all(row == dict.fromkeys(matrix.COLUMNS, 'ok') for row in results['rows'].values())
+    results['rows'][results['configs'][CONFIGS[3]]] = dict(stock='failed')
     out.write_text(json.dumps(results))
-    again = run(out, *names)
-    assert f'{names[0]}: stock: failed' in again and '1 of the 1 configs' in again
+    again = run(out, *CONFIGS)
+    assert f'- stock: failed: {CONFIGS[3]}, {CONFIGS[4]}' in again and '6 of the 6 configs' in again
+    assert '| retinanet | 2 | 0 | 0 | 0 | 0 | 0 | 0 | 0 |' in again.splitlines()
+
+
+# Every column can fail
+
+
+@pytest.fixture(scope='module')
+def tiny():
+    register_all_modules(init_default_scope=False)
+    model = Config.fromfile(matrix.zoo() / CONFIGS[3]).model
+    model.backbone.update(base_channels=8, init_cfg=None)
+    model.neck.update(in_channels=[8, 16, 32, 64], out_channels=8)
+    model.bbox_head.update(in_channels=8, feat_channels=8)
+    return model
+
+
+def columns(model, folder):
+    """The row of a model, in this process."""
+    row = {}
+
+    class Sender:
+        send = staticmethod(lambda pair: row.update([pair]))
+
+    matrix.columns(matrix.try_training, matrix.COLUMNS[:-1], Sender, 0, model, 'mmdet', folder, 64)
+    if row.get(matrix.COLUMNS[-2]) == 'ok':
+        matrix.columns(matrix.read_back, matrix.COLUMNS[-1:], Sender, 0, model, 'mmdet', folder, 64)
+    return row
+
+
+def without_delta(model):
+    return {name: tensor for name, tensor in model.state_dict().items() if '.adapter.' not in name}
+
+
+def with_other_strides(model, edited=matrix.edited):
+    model = edited(model)
+    model['backbone']['backbone']['dilations'] = (1, 1, 1, 2)
+    return model
+
+
+def with_other_parts_frozen(model, edited=matrix.edited):
+    model = edited(model)
+    model['backbone']['liera']['targets'] = ['no_such_layer']
+    return model
+
+
+SABOTAGE = {  # column: what breaks it, and a part of what it then says
+    'stock': (matrix, 'inputs', lambda model, size: None, 'TypeError'),
+    'builds': (matrix, 'edited', with_other_parts_frozen, 'no_such_layer'),
+    'trains': (liera_mm.core.adapt, 'intended_parameters', lambda model: {'conv1.weight'}, 'conv1.weight'),
+    'start': (matrix, 'edited', with_other_strides, 'other features'),
+    'moves': (torch.optim, 'AdamW', lambda groups, **_: torch.optim.SGD([dict(group, lr=0.) for group in groups]),
+              'do not move'),
+    'export': (liera_mm, 'export', without_delta, 'other features'),
+    'file': (liera_mm, 'load_adapter', lambda model, path: model, 'other features'),
+}
+
+
+@pytest.mark.parametrize('column', [None, *matrix.COLUMNS])
+def test_a_column_that_fails_is_the_last(column, tiny, tmp_path, monkeypatch):
+    if column:
+        where, name, breaks, said = SABOTAGE[column]
+        monkeypatch.setattr(where, name, breaks)
+    row = columns(copy.deepcopy(tiny), tmp_path)
+    if not column:
+        assert row == dict.fromkeys(matrix.COLUMNS, 'ok')
+        return
+    assert list(row) == list(matrix.COLUMNS[:matrix.COLUMNS.index(column) + 1])
+    assert said in row.pop(column) and set(row.values()) <= {'ok'}
+
+
+def test_a_process_that_ends_or_hangs_has_a_row():
+    def end():
+        yield
+        import os
+        os._exit(3)
+
+    def hang():
+        import time
+        time.sleep(60)
+        yield
+
+    assert matrix.in_process(end, ('a', 'b', 'c'), 60, 0) == dict(a='ok', b='the process ended with 3')
+    assert matrix.in_process(hang, ('a', 'b'), .2, 0) == dict(a='took longer than 0.2 s')
+
+
+def test_folders_take_turns():
+    names = ['b/1', 'a/2', 'a/1', 'c/1', 'a/3']
+    assert matrix.in_turns(names, False) == ['a/1', 'b/1', 'c/1', 'a/2', 'a/3']
+    assert matrix.in_turns(names, True) == ['a/1', 'b/1', 'c/1']
+
+
+def test_models_that_differ_in_what_no_column_depends_on():
+    model = dict(type='A', backbone=dict(depth=50), data_preprocessor=dict(type='P', mean=[1]), test_cfg=dict(nms=1))
+    same = dict(type='A', backbone=dict(depth=50), data_preprocessor=dict(type='P', mean=[2], std=[1]))
+    assert matrix.key_of(model) == matrix.key_of(same)
+    for other in (dict(same, type='B'), dict(same, backbone=dict(depth=101)), dict(same, data_preprocessor=dict(type='Q'))):
+        assert matrix.key_of(other) != matrix.key_of(model)
+
+
+def test_only_pretrained_weights_go():
+    cfg = dict(init_cfg=dict(type='Pretrained', checkpoint='x'), neck=[dict(init_cfg=dict(type='Xavier'))],
+               teacher_ckpt='y', backbone=dict(pretrained='z', depth=3))
+    matrix.without_pretrained(cfg)
+    assert cfg == dict(init_cfg=None, neck=[dict(init_cfg=dict(type='Xavier'))], teacher_ckpt=None,
+                       backbone=dict(pretrained=None, depth=3))

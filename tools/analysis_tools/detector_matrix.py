@@ -22,6 +22,7 @@ import collections
 import copy
 import fnmatch
 import hashlib
+import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -39,8 +40,7 @@ Row = Dict[str, str]
 
 def zoo() -> Path:
     """The folder of MMDetection's configs in its installed package."""
-    import mmdet
-    package = Path(mmdet.__file__).parent
+    package = Path(importlib.util.find_spec('mmdet').origin).parent
     return next(folder for folder in (package / '.mim/configs', package.parent / 'configs') if folder.is_dir())
 
 
@@ -84,7 +84,7 @@ def load(path: Path) -> Tuple[Dict[str, Any], str]:
     return model, config.get('default_scope') or 'mmdet'
 
 
-def key(model: Dict[str, Any]) -> str:
+def key_of(model: Dict[str, Any]) -> str:
     """A hash of what the columns depend on: not of test settings, nor of the normalisation of images."""
     model = {name: value for name, value in model.items() if name != 'test_cfg'}
     model['data_preprocessor'] = {name: value for name, value in (model.get('data_preprocessor') or {}).items()
@@ -98,7 +98,8 @@ def inputs(model: Dict[str, Any], size: int) -> Dict[str, Any]:
     from mmdet.testing import demo_mm_inputs
     from mmengine.structures import InstanceData
     coarse = 'semantic_head' in (model.get('roi_head') or {})  # whose maps are an eighth of the image
-    data = demo_mm_inputs(2, [(3, size, size)] * 2, num_classes=2, with_mask=True, with_semantic=True,
+    data = demo_mm_inputs(2, [(3, size, size)] * 2, num_classes=2, with_semantic=True,
+                          with_mask=bool((model.get('data_preprocessor') or {}).get('pad_mask')),
                           sem_seg_output_strides=8 if coarse else 1)
     for sample in data['data_samples']:
         boxes = sample.gt_instances.bboxes
@@ -126,7 +127,7 @@ def try_training(model: Dict[str, Any], scope: str, folder: Path, size: int) -> 
     from mmengine.runner import set_random_seed
 
     import liera_mm
-    from liera_mm.core.adapt import adapted_layers, intended_parameters
+    from liera_mm.core.adapt import adapted_layers, intended_parameters, is_norm
     from liera_mm.engine import invariants
     from liera_mm.engine.plain import plain_config
 
@@ -154,12 +155,14 @@ def try_training(model: Dict[str, Any], scope: str, folder: Path, size: int) -> 
 
     stock = MODELS.build(copy.deepcopy(model))
     stock.init_weights()
+    for module in stock.modules():
+        if is_norm(module) and module.weight is not None and not module.weight.any():
+            torch.nn.init.constant_(module.weight, .5)  # at zero, nothing in its block has a gradient
     stock.train()
     others = {name for name, p in stock.named_parameters() if p.requires_grad}
     weights = {name: tensor.clone() for name, tensor in stock.state_dict().items()}
     stock.requires_grad_(True)  # frozen stages too: what has no gradient then is nothing that the loss depends on
-    reference = losses(stock)
-    total(reference).backward()
+    total(losses(stock)).backward()
     idle = {name for name, p in stock.named_parameters() if p.grad is None or not p.grad.any()}
     assert not idle.issuperset(others), 'nothing has a gradient'
     stock.zero_grad()
@@ -193,8 +196,9 @@ def try_training(model: Dict[str, Any], scope: str, folder: Path, size: int) -> 
     groups = [dict(params=only(mine), lr=1e-3), dict(params=only(others), lr=1e-4)]
     wrapper = OptimWrapper(torch.optim.AdamW(groups, weight_decay=0., eps=1e-20))
     watch = invariants.LossWatch(ours, wrapper)
-    ours.train()
-    now = losses(ours)
+    for each in (stock, ours):
+        each.train()
+    reference, now = losses(stock), losses(ours)
     different = [name for (name, x), (_, y) in zip(terms(now), terms(reference)) if not torch.equal(x, y)]
     assert not different and now.keys() == reference.keys(), f'other losses: {different[:3]}'
     yield
@@ -270,7 +274,6 @@ def describe(error: Exception) -> str:
 
 def columns(trial: Callable[..., Iterator[None]], names: Sequence[str], sender: Any, memory: float, *args: Any) -> None:
     """Send, for each column, ``ok`` or what went wrong, after which there are no more."""
-    os.environ['CUDA_VISIBLE_DEVICES'] = ''
     if memory:
         resource.setrlimit(resource.RLIMIT_AS, (int(memory * 2**30), ) * 2)
     steps = trial(*args)
@@ -320,20 +323,25 @@ def try_model(model: Dict[str, Any], scope: str, args: argparse.Namespace) -> Ro
 
 def try_zoo(args: argparse.Namespace, results: Dict[str, Dict[str, Any]]) -> None:
     """Fill in the results, which are the key of every config's model, and the row of every key."""
+    folder, keys, rows = zoo(), results['configs'], results['rows']
+    names = [path.relative_to(folder).as_posix() for path in folder.glob('*/*.py')]
+    names = in_turns([name for name in names if not name.startswith('_base_') and any(
+        fnmatch.fnmatch(name, pattern) for pattern in args.patterns)], args.one_each)
+    if args.again:
+        failed = {keys[name] for name in names if name in keys and rows[keys[name]].get(COLUMNS[-1]) != 'ok'}
+        for key in failed:
+            del rows[key]
+    names = [name for name in names if keys.get(name) not in rows]
+    if not names:
+        return
     from mmdet.utils import register_all_modules
     from mmengine.logging import MMLogger
 
     import liera_mm  # noqa: F401
     register_all_modules(init_default_scope=False)
     MMLogger.get_instance('mmengine', log_level='ERROR')
-    folder = zoo()
     os.chdir(folder.parent)  # teachers are given as configs/...
-    names, tried = [path.relative_to(folder).as_posix() for path in folder.glob('*/*.py')], set()
-    for name in in_turns([name for name in names if not name.startswith('_base_') and any(
-            fnmatch.fnmatch(name, pattern) for pattern in args.patterns)], args.one_each):
-        known = results['rows'].get(results['configs'].get(name))
-        if known and (not args.again or known.get(COLUMNS[-1]) == 'ok' or results['configs'][name] in tried):
-            continue
+    for name in names:
         row = {}
         try:
             model, scope = load(folder / name)
@@ -341,10 +349,9 @@ def try_zoo(args: argparse.Namespace, results: Dict[str, Dict[str, Any]]) -> Non
             model, scope, row = dict(config=name), '', dict(stock=describe(error))
         if not model:
             continue  # settings for other configs
-        results['configs'][name] = key(model)
-        tried.add(key(model))
-        if known or key(model) not in results['rows']:
-            results['rows'][key(model)] = row = row or try_model(model, scope, args)
+        keys[name] = key_of(model)
+        if keys[name] not in rows:
+            rows[keys[name]] = row = row or try_model(model, scope, args)
             print(name, *list(row.items())[-1], flush=True)
         args.out.write_text(json.dumps(results, indent=1))
 
