@@ -84,9 +84,7 @@ def test_training_step_and_prediction(name, device):
         cfg.model.data_preprocessor.type = 'DeviceMaskPreprocessor'
     with DefaultScope.overwrite_default_scope('mmdet'):
         torch.manual_seed(0)
-        detector = MODELS.build(small(cfg.model))
-        detector.init_weights()  # some tensors are whatever was in memory before
-        detector.to(device).train()
+        detector = MODELS.build(small(cfg.model)).to(device).train()
         MessageHub.get_current_instance().update_info('epoch', 0)  # which TOOD looks up
         data = demo_mm_inputs(2, [(3, 96, 96), (3, 80, 96)], num_classes=80, with_mask=masks, device=device)
         loss, _ = detector.parse_losses(detector(**detector.data_preprocessor(data, True), mode='loss'))
