@@ -51,6 +51,8 @@ METHODS: Dict[str, Optional[Dict[str, Any]]] = {
     'milora': dict(method='milora', update='additive'),
     'milora-liera': dict(method='milora', update='taylor', scale='relative'),
     'compact': dict(update='taylor', scale='relative', overrides=[dict(targets=['depthwise'], method='dense')]),
+    'compact+norms': dict(
+        update='taylor', scale='relative', overrides=[dict(targets=['depthwise'], method='dense')], train_norm=True),
     'lora-compact': dict(update='additive', overrides=[dict(targets=['depthwise'], method='dense')]),
     'liera+norms': dict(update='taylor', scale='relative', train_norm=True),
 }
