@@ -31,7 +31,7 @@ $(VENV)/ready: $(REQUIREMENTS) pyproject.toml
 	python -m pip install -r $(REQUIREMENTS) -e .
 	touch $@
 
-data/digits: $(VENV)/ready tools/dataset_converters/make_digits_coco.py
+data/digits: $(VENV)/ready tools/dataset_converters/make_digits_coco.py tools/dataset_converters/composer.py
 	python tools/dataset_converters/make_digits_coco.py $@
 
 clean:

@@ -1,7 +1,6 @@
 """Pascal VOC's annotations as data sets in COCO's format, for the tools that make them.
 
-The layout is that of COCO 2017 and of make_digits_coco.py: ``annotations/instances_SPLIT2017.json`` and the folders
-``SPLIT2017`` of images. There are boxes only: no masks.
+There are boxes only: no masks.
 """
 import json
 import os
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Dict, Iterator, List, Mapping, NamedTuple, Sequence, Tuple
 from xml.etree import ElementTree
 
-from make_digits_coco import is_complete, json_path, progress, summary
+from coco import is_complete, json_path, progress, summary
 
 from liera_mm.core.errors import SetupError
 
