@@ -37,7 +37,7 @@ def run(out, *arguments):
 def test_configs_of_the_zoo(tmp_path):
     """Frozen stages, what is not adapted, parts that nothing uses; what was tried is not tried again."""
     out = tmp_path / 'out.json'
-    printed = run(out, *CONFIGS).strip()
+    printed = run(out, *CONFIGS, '--jobs', '2').strip()
     assert '8 of the 8 configs that stock MMDetection can train here pass every column; 0 of 8 it cannot.' in printed
     results = json.loads(out.read_text())
     assert len(results['rows']) == 7
@@ -135,6 +135,14 @@ def test_folders_take_turns():
     names = ['b/1', 'a/2', 'a/1', 'c/1', 'a/3']
     assert matrix.in_turns(names, False) == ['a/1', 'b/1', 'c/1', 'a/2', 'a/3']
     assert matrix.in_turns(names, True) == ['a/1', 'b/1', 'c/1']
+
+
+def test_results_are_whole_without_what_is_yet_to_be_tried(tmp_path):
+    out = tmp_path / 'out.json'
+    out.write_text('{')
+    matrix.write(out, dict(configs={'a/1.py': 'x', 'b/1.py': 'y'}, rows={'x': dict(stock='ok')}))
+    assert json.loads(out.read_text()) == dict(configs={'a/1.py': 'x'}, rows={'x': dict(stock='ok')})
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_models_that_differ_in_what_no_column_depends_on():

@@ -15,7 +15,7 @@ end with the first that fails:
 - ``file``: the adapter file, read in another process into a new backbone with the base weights, gives the same features.
 
 Configs whose ``model`` is the same, but for image normalisation and test settings, are tried once. The first of each folder
-comes first. OUT.json is written after every config, and what it has is not tried again.
+comes first. OUT.json is written after every config, and what it has is not tried again. All is on the CPU.
 """
 import argparse
 import collections
@@ -30,6 +30,7 @@ import os
 import resource
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Sequence, Tuple
 
@@ -75,13 +76,16 @@ def without_pretrained(cfg: Any) -> None:
                 cfg[name] = None
 
 
-def load(path: Path) -> Tuple[Dict[str, Any], str]:
-    """The detector of a config, without pretrained weights, and its default scope; an empty one if it has none."""
+def load(path: Path) -> Tuple[Dict[str, Any], str, str]:
+    """The detector of a config, without pretrained weights, empty if it has none; its default scope; what went wrong."""
     from mmengine.config import Config, ConfigDict
-    config = Config.fromfile(path)
+    try:
+        config = Config.fromfile(path)
+    except Exception as error:  # of every kind: telling which is what this tool is for
+        return {}, '', describe(error)
     model = ConfigDict(config.to_dict().get('model') or {})
     without_pretrained(model)
-    return model, config.get('default_scope') or 'mmdet'
+    return model, config.get('default_scope') or 'mmdet', ''
 
 
 def key_of(model: Dict[str, Any]) -> str:
@@ -280,7 +284,7 @@ def columns(trial: Callable[..., Iterator[None]], names: Sequence[str], sender: 
     for name in names:
         try:
             next(steps)
-        except Exception as error:  # of every kind: telling which is what this tool is for
+        except Exception as error:  # of every kind, as above
             sender.send((name, describe(error)))
             return
         sender.send((name, 'ok'))
@@ -334,6 +338,7 @@ def try_zoo(args: argparse.Namespace, results: Dict[str, Dict[str, Any]]) -> Non
     names = [name for name in names if keys.get(name) not in rows]
     if not names:
         return
+    import torch
     from mmdet.utils import register_all_modules
     from mmengine.logging import MMLogger
 
@@ -341,19 +346,36 @@ def try_zoo(args: argparse.Namespace, results: Dict[str, Dict[str, Any]]) -> Non
     register_all_modules(init_default_scope=False)
     MMLogger.get_instance('mmengine', log_level='ERROR')
     os.chdir(folder.parent)  # teachers are given as configs/...
-    for name in names:
-        row = {}
-        try:
-            model, scope = load(folder / name)
-        except Exception as error:  # of every kind, as above
-            model, scope, row = dict(config=name), '', dict(stock=describe(error))
-        if not model:
-            continue  # settings for other configs
-        keys[name] = key_of(model)
-        if keys[name] not in rows:
-            rows[keys[name]] = row = row or try_model(model, scope, args)
-            print(name, *list(row.items())[-1], flush=True)
-        args.out.write_text(json.dumps(results, indent=1))
+    # Workers have done nothing but import, and have one thread each, when they fork a trial
+    workers = ProcessPoolExecutor(args.jobs, multiprocessing.get_context('fork'), initializer=torch.set_num_threads,
+                                  initargs=(max(os.cpu_count() // args.jobs, 1), ))
+    with workers:
+        trials = {}
+        for name, (model, scope, error) in zip(names, workers.map(load, [folder / name for name in names], chunksize=8)):
+            if error:
+                model = dict(config=name)
+            elif not model:
+                continue  # settings for other configs
+            keys[name] = key = key_of(model)
+            if error:
+                rows[key] = dict(stock=error)
+            elif key not in rows and key not in trials:
+                trials[key] = name, workers.submit(try_model, model, scope, args)
+        of = {trial: (key, name) for key, (name, trial) in trials.items()}
+        for trial in as_completed(of):
+            key, name = of[trial]
+            rows[key] = trial.result()
+            print(name, *list(rows[key].items())[-1], flush=True)
+            write(args.out, results)
+    write(args.out, results)
+
+
+def write(path: Path, results: Dict[str, Dict[str, Any]]) -> None:
+    """Write the results whole or not at all, without the configs that are yet to be tried."""
+    configs = {name: key for name, key in results['configs'].items() if key in results['rows']}
+    new = path.with_name(f'{path.name}.new')
+    new.write_text(json.dumps(dict(results, configs=configs), indent=1))
+    new.replace(path)
 
 
 def table(results: Dict[str, Dict[str, Any]]) -> List[str]:
@@ -386,6 +408,7 @@ def main() -> None:
     parser.add_argument('patterns', nargs='*', default=['*'], help='globs on FOLDER/NAME.py, all by default')
     parser.add_argument('--one-each', action='store_true', help='only the first config of every folder')
     parser.add_argument('--size', type=int, default=64, help='side of the images in pixels; four times that if it fails')
+    parser.add_argument('--jobs', type=int, default=1, help='configs at a time, of about 3 GiB and a core each')
     parser.add_argument('--timeout', type=float, default=600, help='seconds for a config')
     parser.add_argument('--memory', type=float, default=0, help='GiB of address space for a config; 0 for no limit')
     parser.add_argument('--again', action='store_true', help='try what has not passed, of these patterns, once more')
