@@ -1,6 +1,7 @@
 # make demo   set everything up, train and test on the digits data, show the result (about 15 minutes on two cores)
 # make test   set everything up and run the tests (the lint is make lint)
 # make test STACK=official   the same with what requirements-official.txt lists, in .venv-official
+# make site   build the documentation as a site, in site/, and check its links
 ifeq ($(STACK),)
 REQUIREMENTS = requirements.txt
 VENV ?= .venv
@@ -15,7 +16,7 @@ WORKERS ?= 2
 export PYTHONUNBUFFERED = 1
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint site clean
 
 demo: $(VENV)/ready data/digits
 	python tools/demo.py
@@ -26,6 +27,13 @@ test: $(VENV)/ready
 lint: $(VENV)/ready
 	ruff check .
 
+site: $(VENV)/site
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+
+$(VENV)/site: docs/requirements.txt $(VENV)/ready
+	python -m pip install -r $<
+	touch $@
+
 $(VENV)/ready: $(REQUIREMENTS) pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	python -m pip install -r $(REQUIREMENTS) -e .
@@ -35,4 +43,4 @@ data/digits: $(VENV)/ready tools/dataset_converters/make_digits_coco.py tools/da
 	python tools/dataset_converters/make_digits_coco.py $@
 
 clean:
-	rm -rf $(VENV) data/digits demo
+	rm -rf $(VENV) data/digits demo site

@@ -30,6 +30,17 @@ def test_what_a_file_names_exists(path):
         pkgutil.resolve_name(name)
 
 
+def test_contributing_says_what_to_touch():
+    """Every name in a section's list is defined in a file that the section names."""
+    for section in (ROOT / 'CONTRIBUTING.md').read_text().split('\n## ')[1:]:
+        paths = [path for name in PATH.findall(section) for path in ROOT.glob(name) if path.is_file()]
+        code = '\n'.join(path.read_text() for path in paths)
+        names = re.findall(r'`(\w+)`', section)
+        assert paths and names
+        for name in names:
+            assert re.search(rf'^ *(?:(?:def|class) {name}\b|{name}\b.* = )', code, re.M), (section, name)
+
+
 def anchors(page):
     """What forges and the site call the headings of a page."""
     text = re.sub(r'```.*?```', '', page.read_text(), flags=re.DOTALL)
@@ -44,3 +55,9 @@ def test_links(page):
             path = page.parent / name if name else page
             assert path.exists(), target
             assert not anchor or anchor in anchors(path), target
+
+
+def test_pages_have_a_place_on_the_site():
+    site = (ROOT / 'mkdocs.yml').read_text()
+    for page in (ROOT / 'docs').rglob('*.md'):
+        assert f' - {page.relative_to(ROOT / "docs").as_posix()}\n' in site, page

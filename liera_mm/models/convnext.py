@@ -39,7 +39,7 @@ class LieRAConvNeXt(PretrainedBackbone, ConvNeXt):
 
     added = ('fast', )
 
-    def __init__(self, liera: Optional[Dict[str, Any]] = None, fast: bool = True, **kwargs):
+    def __init__(self, liera: Optional[Dict[str, Any]] = None, fast: bool = True, **kwargs: Any):
         known = inspect.signature(ConvNeXt).parameters
         refuse_leftovers('LieRAConvNeXt', [name for name in kwargs if name not in known])
         super().__init__(**kwargs)
