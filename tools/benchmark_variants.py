@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from liera_mm.core.adapt import layer_kind
 from liera_mm.core.algebra import factor_shapes
-from liera_mm.engine.invariants import LossWatch
+from liera_mm.engine.watches import LossWatch
 
 CONFIG = Path(__file__).parents[1] / 'configs/mask-rcnn_convnextv2-b_liera_r16.py'
 PARTS = ('data', 'backbone', 'rest', 'backward', 'optimizer')

@@ -24,7 +24,9 @@ from mmengine.runner import Runner
 
 from ..core.errors import SetupError
 from ..models.pretrained import check_prefix
-from .data import DataChecks, check_coco, classes_of, dataset_class, reads_coco
+from .data import DataChecks
+from .data_files import check_coco
+from .datasets import classes_of, dataset_class, datasets_of, reads_coco
 
 LOOK_ALIKES = str.maketrans(dict(zip('\u0430\u0435\u0456\u043e\u0440\u0441\u0445\u0443', 'aeiopcxy')))
 """Cyrillic letters that look like the Latin ones of file names."""
@@ -279,19 +281,6 @@ def _dicts(node: Any, key: str) -> Iterator[Tuple[str, Dict[str, Any]]]:
     elif isinstance(node, (list, tuple)):
         for index, value in enumerate(node):
             yield from _dicts(value, f'{key}.{index}')
-
-
-def datasets_of(dataloader: Dict[str, Any]) -> Iterator[Dict[str, Any]]:
-    """The data sets of a dataloader that read files, below any wrappers."""
-    pending = [dataloader.get('dataset')]
-    while pending:
-        dataset = pending.pop()
-        if not isinstance(dataset, dict):
-            continue
-        if 'dataset' in dataset or 'datasets' in dataset:
-            pending += [dataset.get('dataset'), *dataset.get('datasets', [])]
-        else:
-            yield dataset
 
 
 def replace_prefix(node: Any, old: str, new: str) -> Any:

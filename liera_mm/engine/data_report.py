@@ -12,8 +12,7 @@ from mmengine.config import Config
 from ..core.adapt import table_lines
 from ..core.errors import SetupError
 from . import annotations as coco
-from .cli import datasets_of
-from .data import classes_of, dataset_class, reads_coco
+from .datasets import classes_of, dataset_class, datasets_of, reads_coco
 
 AREAS = dict(small=32**2, medium=96**2, large=np.inf)
 """Sizes of objects as in COCO's evaluation: areas in pixels that they stay below."""

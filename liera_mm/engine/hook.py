@@ -22,6 +22,7 @@ from .checkpoint import CheckpointWithoutBase, random_state, set_random_state
 from .data import DataChecks
 from .param_groups import MergedGroups
 from .sharding import FullyShardStrategy
+from .watches import GradientWatch, LossWatch
 
 
 @HOOKS.register_module()
@@ -30,7 +31,7 @@ class LieRAHook(Hook):
 
     - Before training: exactly the intended tensors train and are in the optimizer, no frozen weight is random, and all are
       finite. The summary table is logged once. ``DataChecks`` looks at data sets, heads and evaluators.
-    - While training: the invariants of ``engine/invariants.py``.
+    - While training: the invariants of ``engine/invariants.py`` and ``engine/watches.py``.
     - After each training epoch: the largest |Δ|, the share of Δ <= -1 under ``taylor``, zero weights that cannot move.
     - During validation and testing the perturbations are merged into the weights; after it the weights are restored. Not
       while the model is in shards (see ``engine/sharding.py``), which this hook makes of it after the checks.
@@ -49,7 +50,7 @@ class LieRAHook(Hook):
         self.random_states: Optional[List[Dict[str, Any]]] = None  # of all processes
         self.loaded_from: Dict[str, Tuple[Dict[str, Optional[str]], Set[str]]] = {}
         self.frozen: Dict[str, str] = {}
-        self.watch_gradients: Optional[invariants.GradientWatch] = None
+        self.watch_gradients: Optional[GradientWatch] = None
         self.merged_groups: Dict[str, MergedGroups] = {}
 
     def before_run(self, runner: Runner) -> None:
@@ -93,8 +94,8 @@ class LieRAHook(Hook):
         self._shard(runner)
         self._merge_groups(runner)
         self.frozen = invariants.frozen_digests(model)
-        self.watch_loss = invariants.LossWatch(model, runner.optim_wrapper)
-        self.watch_gradients = invariants.GradientWatch(model, runner.optim_wrapper)
+        self.watch_loss = LossWatch(model, runner.optim_wrapper)
+        self.watch_gradients = GradientWatch(model, runner.optim_wrapper)
         invariants.watch_first_step(model, runner.optim_wrapper, runner.logger, self.watch_loss,
                                     getattr(runner.model, 'find_unused_parameters', True))
 

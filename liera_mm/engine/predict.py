@@ -20,7 +20,8 @@ from ..core.adapters import set_adapter
 from ..core.errors import SetupError
 from .checkpoint import adapted_backbones, load_adapter_file, load_trained
 from .cli import datasets_of
-from .data import CheckedLoading, wrong_heads
+from .heads import wrong_heads
+from .images import CheckedLoading
 
 
 class Predictor(DetInferencer):

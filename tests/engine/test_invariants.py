@@ -12,6 +12,7 @@ import liera_mm
 from liera_mm.core.adapt import adapted_layers
 from liera_mm.core.errors import SetupError
 from liera_mm.engine import invariants
+from liera_mm.engine.watches import GradientWatch
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'on_the_cpu')
 
@@ -208,7 +209,7 @@ def test_gradient_that_is_known_to_be_broken_only_after_the_step():
     """As on a GPU, for which the host does not wait: the step is made with zeros, and what follows is refused."""
     model = nn.Linear(2, 2)
     wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=.1))
-    watch = invariants.GradientWatch(model, wrapper)
+    watch = GradientWatch(model, wrapper)
     step = torch.optim.SGD.step
 
     class Late:
@@ -237,7 +238,7 @@ def test_gradient_that_is_known_to_be_broken_only_after_the_step():
 def test_gradients_under_a_scaler_are_its_own_affair():
     wrapper = OptimWrapper(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=.1))
     wrapper.loss_scaler = torch.amp.GradScaler('cpu', init_scale=2.)
-    assert not invariants.GradientWatch(nn.Linear(2, 2), wrapper).handles
+    assert not GradientWatch(nn.Linear(2, 2), wrapper).handles
 
 
 def test_part_of_the_head_without_a_gradient(make_runner):

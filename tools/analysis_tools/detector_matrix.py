@@ -134,6 +134,7 @@ def try_training(model: Dict[str, Any], scope: str, folder: Path, size: int) -> 
     from liera_mm.core.adapt import adapted_layers, intended_parameters, is_norm
     from liera_mm.engine import invariants
     from liera_mm.engine.plain import plain_config
+    from liera_mm.engine.watches import LossWatch
 
     init_default_scope(scope)
     for counter, value in dict(epoch=0, iter=0, max_epochs=12, max_iters=1000).items():
@@ -199,7 +200,7 @@ def try_training(model: Dict[str, Any], scope: str, folder: Path, size: int) -> 
     # With that epsilon, any gradient but zero moves a number by 1e-3
     groups = [dict(params=only(mine), lr=1e-3), dict(params=only(others), lr=1e-4)]
     wrapper = OptimWrapper(torch.optim.AdamW(groups, weight_decay=0., eps=1e-20))
-    watch = invariants.LossWatch(ours, wrapper)
+    watch = LossWatch(ours, wrapper)
     for each in (stock, ours):
         each.train()
     reference, now = losses(stock), losses(ours)

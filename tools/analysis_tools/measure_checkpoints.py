@@ -19,7 +19,8 @@ import liera_mm
 from liera_mm.core.report import range_report
 from liera_mm.engine.checkpoint import leave_out_base
 from liera_mm.engine.cli import load_config
-from liera_mm.engine.invariants import LossWatch, check_frozen, frozen_digests
+from liera_mm.engine.invariants import check_frozen, frozen_digests
+from liera_mm.engine.watches import LossWatch
 
 MIB = 2**20
 

@@ -15,7 +15,7 @@ import numpy as np
 from mmdet.datasets import CocoDataset
 
 from liera_mm.engine import annotations as coco
-from liera_mm.engine.data import check_coco
+from liera_mm.engine.data_files import check_coco
 
 PIPELINE = [dict(type='LoadAnnotations', with_bbox=True, with_mask=True)]
 

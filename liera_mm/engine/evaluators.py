@@ -1,0 +1,88 @@
+"""Checks of evaluators: that they are of the images of their data set."""
+import os.path as osp
+from typing import Any, Dict, Optional, Sequence
+
+import numpy as np
+from mmdet.datasets import BaseDetDataset
+from mmengine.evaluator import BaseMetric, Evaluator
+from torch import nn
+from torch.utils.data import Dataset
+
+from ..core.errors import SetupError
+from . import annotations as coco
+from .datasets import parts_of, some_of, steps_of
+from .heads import detector_of
+
+
+def check_evaluator(split: str, dataset: Dataset, evaluator: Evaluator, model: nn.Module, cfg: Any = None) -> None:
+    """Check that the metrics of an evaluator are of the images of a data set, and have what they will ask for.
+
+    Raises:
+        SetupError: If one has not.
+    """
+    from mmdet.evaluation import CocoMetric, LVISMetric, MultiDatasetsEvaluator, VOCMetric  # late, for its import warns
+    parts = [*parts_of(dataset)]
+    metrics = list(getattr(evaluator, 'metrics', ()))
+    settings = cfg.get('metrics', cfg) if isinstance(cfg, dict) else cfg
+    settings = settings if isinstance(settings, (list, tuple)) else [settings]
+    for index, metric in enumerate(metrics):
+        its_parts = parts[index:index + 1] if isinstance(evaluator, MultiDatasetsEvaluator) else parts
+        its_cfg = settings[index] if index < len(settings) and isinstance(settings[index], dict) else {}
+        if not all(isinstance(part, BaseDetDataset) for part in its_parts):
+            continue
+        if isinstance(metric, VOCMetric) and not any('LoadAnnotations' in type(s).__name__ for s in steps_of(its_parts[0])):
+            raise SetupError(f'VOCMetric has no boxes to evaluate with: the pipeline of the {split} data set loads none',
+                             "Add dict(type='LoadAnnotations', with_bbox=True) to it, before PackDetInputs")
+        if isinstance(metric, CocoMetric) and not isinstance(metric, LVISMetric) and not metric.format_only:
+            _check_coco_metric(split, metric, its_cfg.get('ann_file'), its_parts, model)
+
+
+def _check_coco_metric(split: str, metric: BaseMetric, ann_file: Optional[str], parts: Sequence[BaseDetDataset],
+                       model: nn.Module) -> None:
+    detector, segm = detector_of(model), 'segm' in metric.metrics
+    if segm and type(detector).__module__.startswith('mmdet.') and not any(
+            'mask' in name or 'panoptic' in name for name, _ in detector.named_modules()):
+        raise SetupError(f"metric='segm' of the {split} evaluator asks for masks, and the model predicts none",
+                         f"Take it out: {split}_evaluator.metric='bbox'")
+    if metric._coco_api is None:
+        packs = [step.meta_keys for step in steps_of(parts[0]) if hasattr(step, 'meta_keys')]
+        if packs and 'instances' not in packs[-1]:
+            raise SetupError(
+                f'The {split} evaluator has no ann_file, and the data set does not hand on its annotations',
+                f'Say which annotations it evaluates with: {split}_evaluator.ann_file={parts[0].ann_file}')
+        return
+    path = ann_file or f'The annotation file of the {split} evaluator'
+    api = metric._coco_api
+    remedy = f'Give it the annotations of its data set: --cfg-options {split}_evaluator.ann_file={parts[0].ann_file}'
+    infos = [part.get_data_info(index) for part in parts for index in range(len(part))]
+    lacking = [info for info in infos if info['img_id'] not in api.imgs]
+    if lacking:
+        raise SetupError(f'{path}, of the evaluator, is of other images: it lacks {len(lacking)} of the {len(infos)} of the '
+                         f'{split} data set, such as {lacking[0]["img_path"]}', remedy)
+    renamed = [(info, name) for info in infos
+               if (name := api.imgs[info['img_id']].get('file_name')) and _stem(name) != _stem(info['img_path'])]
+    if renamed:
+        info, name = renamed[0]
+        raise SetupError(f'{path}, of the evaluator, is of other images: that with id {info["img_id"]!r} is {name} there, '
+                         f'and {info["img_path"]} in the {split} data set', remedy)
+    same = [any(np.abs(boxes - instance['bbox']).max(1, initial=0).min(initial=np.inf) < 1 for instance in info['instances'])
+            for info in some_of([info for info in infos if info['instances']])
+            for boxes in [_corners(api.imgToAnns.get(info['img_id'], ()))]]
+    if same and sum(same) < len(same) / 2:
+        raise SetupError(
+            f'{path}, of the evaluator, is of other images: {len(same) - sum(same)} of {len(same)} with the ids of the '
+            f'{split} data set have none of the boxes that they have there', remedy)
+    classes = parts[0].metainfo['classes']
+    coco.check_lists(path, api.dataset, ['categories', 'annotations'])
+    coco.check_classes(path, classes, [category['name'] for category in api.dataset['categories']])
+    coco.check_ground_truth(path, api.dataset, classes, {info['img_id'] for info in infos}, segm)
+
+
+def _corners(annotations: Sequence[Dict[str, Any]]) -> np.ndarray:
+    """Boxes in COCO's format as (N, 4) of x1, y1, x2, y2."""
+    boxes = [a['bbox'] for a in annotations if len(a.get('bbox') or ()) == 4]
+    return np.array([[x, y, x + w, y + h] for x, y, w, h in boxes], float).reshape(-1, 4)
+
+
+def _stem(path: str) -> str:
+    return osp.splitext(osp.basename(path))[0]
