@@ -1,4 +1,5 @@
+from .graphs import CUDAGraphHook
 from .hook import LieRAHook
 from .sharding import FullyShardStrategy
 
-__all__ = ['FullyShardStrategy', 'LieRAHook']
+__all__ = ['CUDAGraphHook', 'FullyShardStrategy', 'LieRAHook']

@@ -1,4 +1,5 @@
 """ConvNeXt with adapted layers and a fast forward pass, for MMEngine's registry."""
+import functools
 import inspect
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ..core.algebra import at_least_float32
 from ..core.kernels import builtin_only
 from ..core.kernels import convnext as fused
+from ..core.kernels.constants import constant
 from ..core.layers import autocast_dtype, effective_weights
 from .backbones import adapt_or_freeze, refuse_leftovers
 from .pretrained import PretrainedBackbone
@@ -98,7 +100,9 @@ class Block(ConvNeXtBlock):
         if not args:
             return super().forward(x)
         again = self.with_cp and torch.is_grad_enabled()
-        return checkpoint(self._fast, x, *args, use_reentrant=False) if again else self._fast(x, *args)
+        # Nothing in it is random
+        checkpointed = functools.partial(checkpoint, self._fast, use_reentrant=False, preserve_rng_state=False)
+        return (checkpointed if again else self._fast)(x, *args)
 
     def _fast(self, x: Tensor, scale: Optional[Tensor], weights: Optional[Sequence[Tensor]]) -> Tensor:
         depthwise, pointwise1, pointwise2 = weights or effective_weights(self.kernels, x.dtype)
@@ -140,7 +144,6 @@ def _path_scales(blocks: Sequence[nn.Module], x: Tensor) -> List[Optional[Tensor
     for draw, probability in zip(draws, keep):
         if probability < 1:
             torch.rand(draw.shape, out=draw)
-    # Of that many numbers the device gets a copy without the host waiting for it
-    probabilities = torch.tensor(keep, dtype=x.dtype).to(x.device, non_blocking=True).view(-1, 1, 1)
+    probabilities = constant(keep, x.dtype, x.device).view(-1, 1, 1)
     scales = (draws.flatten(2) + probabilities).floor() / at_least_float32(probabilities)
     return [scale if probability < 1 else None for scale, probability in zip(scales, keep)]

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..constants import constant
 from .common import cdiv
 
 ADDITIVE, TAYLOR, EXP = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -81,10 +82,9 @@ def _pointers(weights: Sequence[Tensor], rms: Optional[Sequence[Tensor]]):
     dtype = dict(MANY=len(weights) > 1, DTYPE=DTYPES[weights[0].dtype], RELATIVE=rms is not None)
     if len(weights) == 1:
         return (weights[0], rms[0] if rms else None), dtype
-    rows = [tensors for tensors in (weights, rms) if tensors]
-    table = torch.tensor([[tensor.data_ptr() for tensor in tensors] for tensors in rows])
-    table = table.to(weights[0].device, non_blocking=True)  # made on the device, it would wait for all that is queued
-    return (table[0], table[1] if rms else None), dtype
+    addresses = [tensor.data_ptr() for tensors in (weights, rms or ()) for tensor in tensors]
+    table = constant(addresses, torch.int64, weights[0].device)
+    return (table, table[len(weights):] if rms else None), dtype
 
 
 def moved_weights(weights: Sequence[Tensor], a: Tensor, b: Tensor, scale: float, rms: Optional[Sequence[Tensor]],
