@@ -347,9 +347,9 @@ def try_zoo(args: argparse.Namespace, results: Dict[str, Dict[str, Any]]) -> Non
     register_all_modules(init_default_scope=False)
     MMLogger.get_instance('mmengine', log_level='ERROR')
     os.chdir(folder.parent)  # teachers are given as configs/...
-    # Workers have done nothing but import, and have one thread each, when they fork a trial
-    workers = ProcessPoolExecutor(args.jobs, multiprocessing.get_context('fork'), initializer=torch.set_num_threads,
-                                  initargs=(max(os.cpu_count() // args.jobs, 1), ))
+    torch.set_num_threads(max(torch.get_num_threads() // args.jobs, 1))
+    # A worker has done nothing but import, and has no thread beside its own, when it forks a trial
+    workers = ProcessPoolExecutor(args.jobs, multiprocessing.get_context('fork'))
     with workers:
         trials = {}
         for name, (model, scope, error) in zip(names, workers.map(load, [folder / name for name in names], chunksize=8)):
