@@ -1,5 +1,5 @@
 """Checks of data sets as they are built, against each other and the model."""
-from typing import Any, Dict
+from typing import Any, Dict, Optional
 
 from mmdet.datasets import BaseDetDataset, LVISV05Dataset
 from mmengine.evaluator import Evaluator
@@ -26,7 +26,7 @@ class DataChecks(Hook):
     """
 
     def before_train(self, runner: Runner) -> None:
-        check_dataset('train', runner.train_dataloader, runner.model)
+        check_dataset('train', runner.train_dataloader, runner.model, runner.cfg.get('model'))
         check_masks_of_heads(runner.train_dataloader.dataset, runner.model)
         if runner.val_loop is not None:
             self._check_evaluation(runner, 'val', runner.val_dataloader, runner.val_evaluator)
@@ -41,12 +41,18 @@ class DataChecks(Hook):
 
     @staticmethod
     def _check_evaluation(runner: Runner, split: str, dataloader: DataLoader, evaluator: Evaluator) -> None:
-        check_dataset(split, dataloader, runner.model)
+        check_dataset(split, dataloader, runner.model, runner.cfg.get('model'))
         check_evaluator(split, dataloader.dataset, evaluator, runner.model, runner.cfg.get(f'{split}_evaluator'))
 
 
-def check_dataset(split: str, dataloader: DataLoader, model: nn.Module) -> None:
+def check_dataset(split: str, dataloader: DataLoader, model: nn.Module, cfg: Optional[Dict[str, Any]] = None) -> None:
     """Check the data sets of a dataloader, for those who train without our tools; have their images checked.
+
+    Args:
+        split: ``train``, ``val`` or ``test``.
+        dataloader: Of the data sets.
+        model: The detector, or what wraps it.
+        cfg: The config of the model, to say what to change in it.
 
     Raises:
         SetupError: If annotations lack classes, or heads have another number; or, but for testing, if nothing is left of
@@ -54,7 +60,7 @@ def check_dataset(split: str, dataloader: DataLoader, model: nn.Module) -> None:
     """
     dataset = dataloader.dataset
     check_categories(dataset)
-    check_heads(model, dataset)
+    check_heads(model, dataset, cfg)
     if split != 'test':
         check_instances(split, dataset)
     check_images(dataset)

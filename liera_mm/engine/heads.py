@@ -9,14 +9,21 @@ from ..core.errors import SetupError
 from .datasets import listed, parts_of, steps_of
 
 
-def check_heads(model: nn.Module, dataset: Dataset) -> None:
+def check_heads(model: nn.Module, dataset: Dataset, cfg: Optional[Dict[str, Any]] = None) -> None:
     """Check that every head of a detector predicts the classes of a data set.
 
+    Args:
+        model: The detector, or what wraps it.
+        dataset: What it trains on or is tested with.
+        cfg: The config of the model, to say what to change in it.
+
     Raises:
-        SetupError: If one has another number of them; names all that have.
+        SetupError: If a head has another number of them; names all that have.
     """
     metainfo = next(parts_of(dataset)).metainfo
     wrong = wrong_heads(model, metainfo)
+    # What a detector makes of its heads' settings is not in the config, nor are copies of one head
+    wrong = {key: counts for name, counts in wrong.items() if (key := _config_key(cfg, name))} or wrong
     if wrong:
         name, (given, count) = next(iter(wrong.items()))
         names = metainfo['stuff_classes'] if 'stuff' in name else metainfo.get('thing_classes') or metainfo['classes']
@@ -25,6 +32,23 @@ def check_heads(model: nn.Module, dataset: Dataset) -> None:
                 f'. Nor do {len(wrong) - 1} other heads fit' if len(wrong) > 1 else ''),
             '--cfg-options ' + ' '.join(f'model.{name}={count}' for name, (_, count) in wrong.items())
             + ' gives the heads the classes of the data; or else correct metainfo=dict(classes=...) of the data sets')
+
+
+def _config_key(cfg: Any, name: str) -> Optional[str]:
+    """The key of a model's config that sets an attribute of a module of that name; None if none does."""
+    *parts, attribute = name.split('.')
+    key = []
+    for part in parts:
+        if isinstance(cfg, dict) and part in cfg:
+            cfg = cfg[part]
+        elif isinstance(cfg, (list, tuple)) and part.isdecimal() and int(part) < len(cfg):
+            cfg = cfg[int(part)]
+        elif part.isdecimal():  # of several heads that have one config
+            continue
+        else:
+            return None
+        key.append(part)
+    return '.'.join([*key, attribute]) if isinstance(cfg, dict) else None
 
 
 def wrong_heads(model: nn.Module, metainfo: Dict[str, Any]) -> Dict[str, Tuple[int, int]]:
@@ -39,10 +63,13 @@ def wrong_heads(model: nn.Module, metainfo: Dict[str, Any]) -> Dict[str, Tuple[i
         return {}
     things = metainfo.get('thing_classes') or metainfo['classes']
     stuff = metainfo.get('stuff_classes')
+    prefix = next(name for name, module in model.named_modules() if module is detector)
+    prefix = re.sub(r'^(module(\.|$))*', '', prefix)
     wrong = {}
-    for name, module in detector.named_modules():
+    for name, module in detector.named_modules(prefix=prefix):
         parts = name.split('.')
-        if {'backbone', 'neck', 'rpn_head'} & {*parts} or isinstance(module, FusedSemanticHead):
+        if (module is detector or {'backbone', 'neck', 'rpn_head'} & {*parts} or isinstance(module, FusedSemanticHead)
+                or getattr(module, 'class_agnostic', False)):
             continue
         expected = dict(num_things_classes=len(things), num_stuff_classes=len(stuff) if stuff else None)
         if not hasattr(module, 'num_things_classes'):
@@ -60,14 +87,22 @@ def wrong_heads(model: nn.Module, metainfo: Dict[str, Any]) -> Dict[str, Tuple[i
 
 def check_masks_of_heads(dataset: Dataset, model: nn.Module) -> None:
     """Raise a SetupError if a detector learns masks, and no pipeline of its data loads them."""
-    from mmdet.models import TwoStageDetector
-    detector = detector_of(model)
-    steps = [step for part in parts_of(dataset) for step in steps_of(part)]
-    loads = [step for step in steps if hasattr(step, 'with_mask')]
-    if isinstance(detector, TwoStageDetector) and detector.with_mask and loads and not any(s.with_mask for s in loads):
+    loads = [step for part in parts_of(dataset) for step in steps_of(part) if hasattr(step, 'with_mask')]
+    if loads and not any(step.with_mask for step in loads) and _learns_masks(model):
         raise SetupError('The model has a mask head, but the train data set loads no masks',
-                         "Write dict(type='LoadAnnotations', with_bbox=True, with_mask=True) in its pipeline, or set "
-                         'model.roi_head.mask_head=None')
+                         "Write dict(type='LoadAnnotations', with_bbox=True, with_mask=True) in its pipeline, or take a "
+                         'detector without masks (of Mask R-CNN: model.roi_head.mask_head=None)')
+
+
+def _learns_masks(model: nn.Module) -> bool:
+    """Whether a detector's loss asks for masks."""
+    from mmdet.models import BoxInst, MaskFormer, RTMDetInsHead, TwoStageDetector
+    from mmdet.models.detectors.single_stage_instance_seg import SingleStageInstanceSegmentor
+    detector = getattr(detector_of(model), 'student', detector_of(model))  # of a semi-supervised one
+    if isinstance(detector, TwoStageDetector):
+        return detector.with_mask
+    return (isinstance(detector, (SingleStageInstanceSegmentor, MaskFormer)) and not isinstance(detector, BoxInst)
+            or isinstance(getattr(detector, 'bbox_head', None), RTMDetInsHead))
 
 
 def detector_of(model: nn.Module) -> Optional[nn.Module]:

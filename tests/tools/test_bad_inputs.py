@@ -290,8 +290,12 @@ BAD_INPUTS = {
     'masks evaluated that are not predicted': (config(DIGITS, BOXES), "metric='segm'"),
     'too few classes': (options(**{HEADS.format('bbox'): 3}), 'roi_head.bbox_head.num_classes is 3, but the data have 10'),
     'too many classes': (options(**{HEADS.format('bbox'): 80}), 'roi_head.bbox_head.num_classes is 80'),
-    'too many classes of the mask head': (options(**{HEADS.format('mask'): 80}), 'roi_head.mask_head.num_classes is 80'),
-    'too few classes to test': (both(evaluate(), options(**{HEADS.format('mask'): 3})), 'num_classes is 3'),
+    'too many classes of the mask head': (
+        options(**{HEADS.format('mask'): 80, 'model.roi_head.mask_head.class_agnostic': False}),
+        'roi_head.mask_head.num_classes is 80'),
+    'too few classes to test': (
+        both(evaluate(), config(DIGITS, "test_dataloader = dict(dataset=dict(metainfo=dict(classes=('0', '1', '2'))))")),
+        'num_classes is 10, but the data have 3'),
     'other classes to validate on': (
         both(annotations(lambda content: content['categories'].reverse(), 'val'),
              config(DIGITS, "val_dataloader = dict(dataset=dict(metainfo=dict(classes=tuple('9876543210'))))")),
