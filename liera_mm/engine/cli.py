@@ -24,6 +24,8 @@ from mmengine.runner import Runner
 
 from ..core.errors import SetupError
 from ..models.pretrained import check_prefix
+from .auto_classes import fill_classes
+from .config_tree import dicts, replace_prefix
 from .data import DataChecks
 from .data_files import check_coco
 from .datasets import classes_of, dataset_class, datasets_of, reads_coco
@@ -118,8 +120,11 @@ def load_config(path: str, options: Optional[Dict[str, Any]] = None) -> Config:
     Two kinds of options change more than themselves. ``data_root`` moves every path below it. Where the config has
     ``choices=dict(task=dict(name=dict(...), ...), ...)``, ``task=name`` merges the settings of that name.
 
+    A config with ``auto_classes=True`` gets the classes of its annotations (:func:`fill_classes`), and no longer has that.
+
     Raises:
-        SetupError: If there is no such config, or no choice of that name, or the config has no ``data_root`` to move.
+        SetupError: If there is no such config, or no choice of that name, or the config has no ``data_root`` to move; or
+            if the classes cannot be read.
     """
     cfg = Config.fromfile(find_config(path))
     options = dict(options or {})
@@ -133,6 +138,10 @@ def load_config(path: str, options: Optional[Dict[str, Any]] = None) -> Config:
             cfg.merge_from_dict(choices[_known_choice(option, str(options[option]), choices)])
             cfg.pop('work_dir', None)  # of what was chosen before, in a config that a training wrote
     cfg.merge_from_dict(options)
+    if cfg.get('auto_classes'):
+        fill_classes(cfg)
+        cfg.merge_from_dict(options)  # what they say about classes counts
+    cfg.pop('auto_classes', None)
     return cfg
 
 
@@ -181,7 +190,7 @@ def check_data(cfg: Config, splits: List[str], keep: bool = False) -> None:
 
 def _check_evaluators(cfg: Config, split: str) -> None:
     """Check that the annotation files of a split's evaluators are there."""
-    for key, evaluator in _dicts(cfg.get(f'{split}_evaluator'), f'{split}_evaluator'):
+    for key, evaluator in dicts(cfg.get(f'{split}_evaluator'), f'{split}_evaluator'):
         path = evaluator.get('ann_file')
         if isinstance(path, str) and '://' not in path and not osp.isfile(path):
             raise SetupError(f'The annotation file of the {split} evaluator is missing: {path}',
@@ -207,7 +216,7 @@ def _check_samples(split_file: str, folder: str, classes: int) -> None:
 def check_hook(cfg: Config) -> None:
     """Raise a SetupError if a model with an adapted backbone is to run without LieRAHook, which keeps it from harm."""
     hooks = [*cfg.get('custom_hooks', ()), *cfg.get('default_hooks', {}).values()]
-    adapted = [node['type'] for _, node in _dicts(cfg.model, 'model')
+    adapted = [node['type'] for _, node in dicts(cfg.model, 'model')
                if str(node.get('type')).rpartition('.')[2] in ('LieRAConvNeXt', 'LieRABackbone')]
     if adapted and not any(str(hook['type']).rpartition('.')[2] == 'LieRAHook' for hook in hooks if hook):
         raise SetupError(f'{cfg.filename} has a {adapted[0]}, but no LieRAHook, which checks and merges it',
@@ -216,7 +225,7 @@ def check_hook(cfg: Config) -> None:
 
 def check_amp(cfg: Config) -> None:
     """Raise a SetupError if a config asks for automatic mixed precision on a machine that has nothing for it."""
-    types = [str(node.get('type')) for _, node in _dicts(cfg.get('optim_wrapper'), 'optim_wrapper')]
+    types = [str(node.get('type')) for _, node in dicts(cfg.get('optim_wrapper'), 'optim_wrapper')]
     if get_device() in ('cpu', 'mps') and any(kind.endswith(('AmpOptimWrapper', "AmpOptimWrapper'>")) for kind in types):
         raise SetupError('Automatic mixed precision (AmpOptimWrapper) needs a GPU, and there is none that torch can use',
                          'Leave out --amp; or where the config has it, use --cfg-options optim_wrapper.type=OptimWrapper')
@@ -230,7 +239,7 @@ def check_weights(cfg: Config) -> None:
     """
     for key, source in _checkpoints(cfg):
         _check_source(key, source)
-    for key, node in _dicts(cfg.model, 'model'):
+    for key, node in dicts(cfg.model, 'model'):
         if node.get('type') == 'Pretrained' and node.get('prefix'):
             check_prefix(node['checkpoint'], node['prefix'], f'--cfg-options {key}.prefix')
 
@@ -265,27 +274,8 @@ def _check_source(key: str, source: str) -> None:
 
 def _checkpoints(cfg: Config) -> Iterator[Tuple[str, str]]:
     """Key and source of every checkpoint that building and initialising the model reads."""
-    for key, node in _dicts(cfg.model, 'model'):
+    for key, node in dicts(cfg.model, 'model'):
         if node.get('type') == 'Pretrained':
             yield f'{key}.checkpoint', node['checkpoint']
     if cfg.get('load_from'):
         yield 'load_from', cfg.load_from
-
-
-def _dicts(node: Any, key: str) -> Iterator[Tuple[str, Dict[str, Any]]]:
-    """Key and content of every dict in a part of a config."""
-    if isinstance(node, dict):
-        yield key, node
-        for name, value in node.items():
-            yield from _dicts(value, f'{key}.{name}')
-    elif isinstance(node, (list, tuple)):
-        for index, value in enumerate(node):
-            yield from _dicts(value, f'{key}.{index}')
-
-
-def replace_prefix(node: Any, old: str, new: str) -> Any:
-    if isinstance(node, dict):
-        return {key: replace_prefix(value, old, new) for key, value in node.items()}
-    if isinstance(node, (list, tuple)):
-        return type(node)(replace_prefix(value, old, new) for value in node)
-    return new + node[len(old):] if isinstance(node, str) and node.startswith(old) else node

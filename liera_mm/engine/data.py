@@ -32,6 +32,12 @@ class DataChecks(Hook):
             self._check_evaluation(runner, 'val', runner.val_dataloader, runner.val_evaluator)
             check_same_classes(runner.train_dataloader.dataset, runner.val_dataloader.dataset)
 
+    def after_load_checkpoint(self, runner: Runner, checkpoint: Dict[str, Any]) -> None:
+        loops = [loop for loop in (runner._train_loop, runner._val_loop, runner._test_loop) if isinstance(loop, BaseLoop)]
+        trains = loops[:1] == [runner._train_loop]
+        if loops and (runner._resume or not trains):
+            check_trained_classes(checkpoint, loops[0].dataloader.dataset, strictly=trains)
+
     def before_val(self, runner: Runner) -> None:
         if not isinstance(runner._train_loop, BaseLoop):
             self._check_evaluation(runner, 'val', runner.val_dataloader, runner.val_evaluator)
@@ -109,3 +115,21 @@ def _is_usable(instance: Dict[str, Any], info: Dict[str, Any]) -> bool:
     x1, y1, x2, y2 = instance.get('bbox', (0, 0, 1, 1))
     inside = x1 < info.get('width', x2) and y1 < info.get('height', y2) and x2 > 0 and y2 > 0
     return not instance.get('ignore_flag') and x2 > x1 and y2 > y1 and inside
+
+
+def check_trained_classes(checkpoint: Dict[str, Any], dataset: Dataset, strictly: bool) -> None:
+    """Check that the classes that a checkpoint was trained with are those of a data set.
+
+    Args:
+        checkpoint: One of MMEngine's; if it names no classes, they are taken to be the same.
+        dataset: The data set.
+        strictly: Whether they must have the same names, to train on; or only may not be in another order, to test.
+
+    Raises:
+        SetupError: If they are not.
+    """
+    theirs = tuple((checkpoint.get('meta') or {}).get('dataset_meta', {}).get('classes') or ())
+    ours = tuple(next(parts_of(dataset)).metainfo.get('classes') or ())
+    if theirs and ours and theirs != ours and (strictly or sorted(theirs) == sorted(ours)):
+        raise SetupError(f'The checkpoint was trained with the classes {listed(theirs)}; the data set has {listed(ours)}',
+                         'Give the annotations that it was trained with, or the config in the work dir of that training')

@@ -7,7 +7,7 @@ from mmdet.datasets import CocoPanopticDataset, LVISV05Dataset, LVISV1Dataset, O
 
 from ..core.errors import SetupError
 from . import annotations as coco
-from .datasets import classes_of, dataset_class
+from .datasets import category_names, classes_of, dataset_class
 from .images import check_files, check_sizes
 
 PARSED: Dict[str, Dict[str, Any]] = {}
@@ -43,8 +43,7 @@ def check_coco(split: str, dataset: Dict[str, Any], keep: bool = False) -> None:
     coco.check_categories(path, categories)
     classes = classes_of(split, dataset, cls)
     if not issubclass(cls, LVISV05Dataset):  # which takes all categories, whatever the classes are
-        ordered = sorted(categories, key=lambda category: category['id']) if 'Objects365' in cls.__name__ else categories
-        coco.check_classes(path, classes, [category['name'] for category in ordered])
+        coco.check_classes(path, classes, category_names(cls, categories))
 
     filter_cfg = dataset.get('filter_cfg') or {} if split == 'train' and not dataset.get('test_mode') else {}
     min_size = filter_cfg.get('min_size', 0)

@@ -14,17 +14,11 @@ from . import annotations as coco
 IMAGES = 100  # that are looked at before a training, where looking at all would take long
 
 
-def datasets_of(dataloader: Dict[str, Any]) -> Iterator[Dict[str, Any]]:
-    """The data sets of a dataloader that read files, below any wrappers."""
-    pending = [dataloader.get('dataset')]
-    while pending:
-        dataset = pending.pop()
-        if not isinstance(dataset, dict):
-            continue
-        if 'dataset' in dataset or 'datasets' in dataset:
-            pending += [dataset.get('dataset'), *dataset.get('datasets', [])]
-        else:
-            yield dataset
+def datasets_of(wrapper: Dict[str, Any]) -> Iterator[Dict[str, Any]]:
+    """The data sets that read files, in a dataloader or below wrappers of data sets."""
+    for part in (wrapper.get('dataset'), *(wrapper.get('datasets') or ())):
+        if isinstance(part, dict):
+            yield from datasets_of(part) if 'dataset' in part or 'datasets' in part else [part]
 
 
 def dataset_class(dataset: Dict[str, Any]) -> Optional[Type[Dataset]]:
@@ -52,6 +46,12 @@ def classes_of(split: str, dataset: Dict[str, Any], cls: Type[BaseDataset]) -> S
     if isinstance(names, str) and not osp.isfile(names):
         coco.check_class_list(names)
     return cls._load_metainfo(metainfo).get('classes')
+
+
+def category_names(cls: Type[Dataset], categories: Sequence[Dict[str, Any]]) -> List[str]:
+    """Names of categories, in the order in which a data set of that class numbers them."""
+    by_id = 'Objects365' in cls.__name__
+    return [category['name'] for category in (sorted(categories, key=lambda entry: entry['id']) if by_id else categories)]
 
 
 def parts_of(dataset: Dataset) -> Iterator[Dataset]:

@@ -19,7 +19,7 @@ from ..core.adapt import adapter_names, merge
 from ..core.adapters import set_adapter
 from ..core.errors import SetupError
 from .checkpoint import adapted_backbones, load_adapter_file, load_trained
-from .cli import datasets_of
+from .datasets import datasets_of
 from .heads import wrong_heads
 from .images import CheckedLoading
 

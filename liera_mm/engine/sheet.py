@@ -113,9 +113,10 @@ def draw_annotations(images: Sequence[Dict[str, Any]], paths: Sequence[str], ann
                 x, y, w, h = (round(value * scale) for value in entry['bbox'])
                 cv2.rectangle(image, (x, y), (x + w, y + h), (128, 128, 128), 2)
         masks = np.stack([_mask(entry, info, (width, height)) for entry in ours] or [np.zeros((height, width), np.uint8)])
-        boxes = np.array([[x, y, x + w, y + h] for x, y, w, h in (entry['bbox'] for entry in ours)]) * scale
+        boxes = np.array([[x, y, x + w, y + h] for x, y, w, h in (entry['bbox'] for entry in ours)]).reshape(-1, 4) * scale
+        boxes = boxes.clip(0, np.tile([width - 1, height - 1], 2))  # the visualizer warns of what lies beyond
         instances = InstanceData(
-            bboxes=torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+            bboxes=torch.as_tensor(boxes, dtype=torch.float32),
             labels=torch.as_tensor([labels[entry['category_id']] for entry in ours], dtype=torch.long))
         if masks[:len(ours)].any():
             instances.masks = BitmapMasks(masks[:len(ours)], height, width)

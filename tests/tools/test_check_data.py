@@ -123,6 +123,17 @@ def test_sheet_has_boxes_masks_and_crowds(check, data):
     assert abs(sheet[round(30 + 3.2 * 70), 320 - 1:320 + 2].mean(0).max() - 128) < 60  # left side of the crowd
 
 
+def test_fewer_images_than_the_sheet_has_room_for(check, data, recwarn):
+    """Each is there once; boxes that reach beyond them are drawn up to their borders."""
+    folder, contents = data
+    contents['val']['annotations'] = [annotation(index, 10 + index, 7, [150, 100, 60, 60]) for index in range(2)]
+    check()
+    sheet = cv2.imread(str(folder / 'out/val.jpg'))
+    first, second = sheet[30:510, :640], sheet[30:510, 648:1288]
+    assert sheet.shape[1] == 2 * 648 and (first != second).mean() > .5
+    assert not [warning for warning in recwarn if 'out of bounds' in str(warning.message)]
+
+
 ODD = {
     'images without boxes': (lambda train: train['annotations'].pop(), '1 of 24 images have no box, such as train23.png'),
     'tiny': (lambda train: train['annotations'][3].update(bbox=[5, 6, 7, 20], area=140),

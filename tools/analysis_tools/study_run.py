@@ -19,7 +19,8 @@ from typing import Any, Dict, NamedTuple, Optional, Tuple
 from liera_mm.core.adapt import adapted_layers
 from liera_mm.core.checkpoint import write_atomically
 from liera_mm.engine.checkpoint import latest_checkpoint
-from liera_mm.engine.cli import check_data, check_weights, load_config, replace_prefix
+from liera_mm.engine.cli import check_data, check_weights, load_config
+from liera_mm.engine.config_tree import replace_prefix
 
 # isort: split
 import torch

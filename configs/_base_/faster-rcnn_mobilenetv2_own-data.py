@@ -1,0 +1,51 @@
+# A Faster R-CNN for the photographs of a user, some dozens to some thousands (docs/own_data.md): MobileNetV2 with ImageNet
+# weights, adapted by LieRA. Classes and num_classes are read from the annotations. Anchors are 16 to 362 pixels large, on
+# images of 400; a config says where train, val and test data are.
+_base_ = 'faster-rcnn_mobilenetv2_transfer.py'
+
+auto_classes = True
+strides = [4, 8, 16, 32, 64]
+model = dict(
+    backbone=dict(
+        liera=dict(rank=8, alpha=32, overrides=[dict(targets=['depthwise'], method='dense')])),
+    neck=dict(num_outs=len(strides)),
+    rpn_head=dict(anchor_generator=dict(strides=strides)),
+    roi_head=dict(bbox_head=dict(num_classes=None)))
+
+scale = (400, 400)
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', with_bbox=True),
+    dict(type='PhotoMetricDistortion'),
+    dict(type='RandomResize', scale=scale, ratio_range=(0.75, 1.5), keep_ratio=True),
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='PackDetInputs')
+]
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=scale, keep_ratio=True),
+    dict(type='LoadAnnotations', with_bbox=True),
+    dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))
+]
+train_dataloader = dict(
+    batch_size=4,
+    num_workers=1,
+    persistent_workers=True,
+    sampler=dict(type='DefaultSampler', shuffle=True),
+    dataset=dict(
+        type='RepeatDataset',
+        times=1,
+        dataset=dict(type='CocoDataset', filter_cfg=dict(filter_empty_gt=True), pipeline=train_pipeline)))
+val_dataloader = dict(
+    batch_size=1,
+    num_workers=1,
+    persistent_workers=True,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(type='CocoDataset', test_mode=True, pipeline=test_pipeline))
+test_dataloader = val_dataloader
+val_evaluator = dict(type='CocoMetric', metric='bbox')
+test_evaluator = val_evaluator
+
+train_cfg = dict(val_interval=1)
+optim_wrapper = dict(optimizer=dict(lr=1e-3))
+default_hooks = dict(checkpoint=dict(interval=1))
