@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from liera_mm.core.adapt import layer_kind
 from liera_mm.core.algebra import factor_shapes
 from liera_mm.engine.watches import LossWatch
+from liera_mm.models.graphs import Graphs
 
 CONFIG = Path(__file__).parents[1] / 'configs/mask-rcnn_convnextv2-b_liera_r16.py'
 PARTS = ('data', 'backbone', 'rest', 'backward', 'optimizer')
@@ -103,7 +104,8 @@ DEVICE_HEADS = {
 }
 
 # What each changes in the backbone's config. Beside that: its update rule, whether all of it trains, what replaces its
-# layers, other options of the config, and whether the loss is looked at as LieRAHook does (watched).
+# layers, other options of the config, what CUDAGraphHook replays, and whether the loss is looked at as LieRAHook does
+# (watched).
 VARIANTS: Dict[str, Dict[str, Any]] = {
     'full': dict(options=STOCK, fast=False, trainable=True),
     'frozen': dict(options=STOCK, fast=False),
@@ -129,7 +131,11 @@ SETTINGS: Dict[str, Dict[str, Any]] = {
     'prefetch_factor 4': dict(update='taylor', options={'train_dataloader.prefetch_factor': 4}),
     'workers end': dict(update='taylor', options={'train_dataloader.persistent_workers': False}),
     'watched': dict(update='taylor', watched=True),
+    'plain': dict(update='taylor', scale='plain'),
     'device heads': dict(update='taylor', options=DEVICE_HEADS),
+    'graphs': dict(update='taylor', graphs=['backbone', 'neck']),
+    'device heads, graphs': dict(update='taylor', options=DEVICE_HEADS, graphs=['backbone', 'neck']),
+    'device heads, graphs of rpn': dict(update='taylor', options=DEVICE_HEADS, graphs=['backbone', 'neck', 'rpn_head']),
 }
 ALL = {**VARIANTS, **SETTINGS}
 
@@ -151,6 +157,9 @@ class Variant:
         if 'watched' in ALL[name]:
             LossWatch(self.model, self.optimizer)
         self.model.backbone.register_forward_hook(lambda *_: self._mark('backbone'))
+        self.graphed = [self.model.get_submodule(module) for module in ALL[name].get('graphs', ())]
+        for module in self.graphed:
+            module.forward = Graphs(module, '', 4)
         self.resident = torch.cuda.memory_allocated() - others
 
     def repeat(self, data: Dict[str, Any]) -> None:
@@ -161,7 +170,7 @@ class Variant:
         others = torch.cuda.memory_allocated() - self.resident
         torch.cuda.reset_peak_memory_stats()
         self.step(data)
-        self.peak = max(self.peak, torch.cuda.max_memory_allocated() - others)
+        self.peak = max(self.peak, torch.cuda.max_memory_allocated() - others + self._graph_memory())
         del data
         gc.collect()  # or it would be freed within another variant's step, and lower that one's peak
         self.resident = torch.cuda.memory_allocated() - others
@@ -191,6 +200,12 @@ class Variant:
         self.marks[part] = torch.cuda.Event(enable_timing=True)
         self.marks[part].record()
 
+    def _graph_memory(self) -> int:
+        """Bytes that graphs use while they run, which the allocator counts as free."""
+        pools = {module.forward.capture.args[0] for module in self.graphed}
+        return sum(segment['total_size'] - segment['allocated_size'] for segment in torch.cuda.memory_snapshot()
+                   if tuple(segment['segment_pool_id']) in pools) if pools else 0
+
     def row(self) -> Dict[str, Any]:
         """Medians of the steps' times in ms, and the quartiles of the whole step."""
         totals = [sum(step.values()) for step in self.times]
@@ -213,7 +228,8 @@ def build(name: str, arch: str, rank: int, **options: Any) -> Tuple[Config, nn.M
     """Our config for COCO as a variant has it, with other options, and its detector on the card, with an optimizer."""
     setting = ALL[name]
     cfg = load_config(str(CONFIG), {**setting.get('options', {}), **options})
-    liera = dict(rank=rank, alpha=2 * rank, update=setting['update']) if 'update' in setting else None
+    scale = setting.get('scale', 'relative')
+    liera = dict(rank=rank, alpha=2 * rank, update=setting['update'], scale=scale) if 'update' in setting else None
     cfg.model.backbone.update(
         arch=arch, init_cfg=None, liera=liera, **{key: setting[key] for key in ('fast', 'with_cp') if key in setting})
     cfg.model.neck.in_channels = LieRAConvNeXt.arch_settings[arch]['channels']
