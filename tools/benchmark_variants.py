@@ -157,9 +157,9 @@ class Variant:
         if 'watched' in ALL[name]:
             LossWatch(self.model, self.optimizer)
         self.model.backbone.register_forward_hook(lambda *_: self._mark('backbone'))
-        self.graphed = [self.model.get_submodule(module) for module in ALL[name].get('graphs', ())]
-        for module in self.graphed:
-            module.forward = Graphs(module, '', 4)
+        self.graphed = [self.model.get_submodule(part) for part in ALL[name].get('graphs', ())]
+        for part, module in zip(ALL[name].get('graphs', ()), self.graphed):
+            module.forward = Graphs(module, part, 4)
         self.resident = torch.cuda.memory_allocated() - others
 
     def repeat(self, data: Dict[str, Any]) -> None:
