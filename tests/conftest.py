@@ -1,4 +1,6 @@
 """What several test files share: a small network with every kind of layer, and a way to train it without training."""
+import functools
+import gc
 import os
 import random
 
@@ -19,7 +21,17 @@ from liera_mm import compat
 
 compat.install()  # before mmpretrain is imported
 
+from mmengine.config import utils as config_utils  # noqa: E402
 from mmpretrain.models.utils.norm import GRN  # noqa: E402
+
+# MMEngine reads every metafile of MMDetection, which takes a second, for each config whose base is one of its
+config_utils.load = functools.cache(config_utils.load)
+
+
+def pytest_collection_finish():
+    """Leave what was imported out of further garbage collections, of which MMEngine makes one for every data set."""
+    gc.collect()
+    gc.freeze()
 
 
 class Block(nn.Module):
