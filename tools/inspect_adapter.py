@@ -14,7 +14,7 @@ from typing import List, Optional, Sequence
 
 # Before anything of MMDetection, which may need the operators that liera_mm stands in for
 import liera_mm
-from liera_mm.core.adapt import table_lines
+from liera_mm.core.adapt import sizes, table_lines
 from liera_mm.core.errors import SetupError
 from liera_mm.core.report import QUANTILES, LayerReport
 from liera_mm.engine.checkpoint import load_adapter_file, load_trained
@@ -82,7 +82,8 @@ def table(reports: List[LayerReport]) -> str:
              *(f'|Δ| {share}' for share in quantiles), 'Taylor error', 'of ‖Δ‖', 'Δ <= -1', 'parameters', 'weights']]
     for row in reports:
         rows.append([
-            row.layer, row.kind, row.method, row.update, row.scale, ' x '.join(map(str, row.matrix)),
+            row.layer, row.kind, row.method + (f' ({sizes(row.core)})' if row.core else ''), row.update, row.scale,
+            sizes(row.matrix),
             '-' if row.rank is None else str(row.rank), str(row.delta_rank),
             number(row.relative_change, '.2%'), *(f'{value:.2e}' for value in row.delta_quantiles),
             number(row.taylor_error, '.2e'), number(row.relative_taylor_error, '.3%'), number(row.sign_change_share, '.4%'),

@@ -72,7 +72,8 @@ def adapt(model: nn.Module,
           train_norm: bool = False,
           train_bias: Union[bool, str] = False,
           exclude: Sequence[str] = (),
-          train: Sequence[str] = ()) -> nn.Module:
+          train: Sequence[str] = (),
+          kernel_rank: int = 2) -> nn.Module:
     """Freeze a model and give its layers trainable perturbations, in place.
 
     State-dict keys, parameter names and module paths stay; every adapted layer gains ``<layer>.adapter.<name>``. The
@@ -80,9 +81,12 @@ def adapt(model: nn.Module,
 
     Args:
         model: Any module; for a detector, its backbone.
-        rank: Rank r of the low-rank factors, at least 1.
+        rank: Rank r of the low-rank factors, at least 1; of ``tucker``, that of the channels; of ``atom``, the number of
+            atoms.
         alpha: Numerator of the scale alpha / rank of Δ.
-        method: How Δ is parameterised: ``lora``, ``pissa``, ``milora`` or ``dora`` (low-rank factors), or ``dense``.
+        method: How Δ is parameterised: ``lora``, ``pissa``, ``milora`` or ``dora`` (low-rank factors), ``tucker`` (FLoRA: a
+            core, and a factor for each dimension of the weight), ``atom`` (a few filters, of which every kernel is a fixed
+            combination; ``atom-pissa``: one that trains), or ``dense``. See docs/methods.md.
         update: How Δ moves the weight: ``taylor`` (LieRA, Eq. 8), ``exp`` (Eq. 5) or ``additive`` (LoRA, Eq. 2).
         scale: ``relative`` divides Δ by the root mean square of the layer's frozen weight under the multiplicative updates:
             then the same alpha and learning rate move a weight as far as they do under ``additive``, where the setting
@@ -94,7 +98,7 @@ def adapt(model: nn.Module,
             log says so. A layer that a glob or a regular expression names is refused instead. Empty if only norms, all
             biases or what ``train`` names are to train.
         overrides: Settings of some of those layers: dicts of ``targets`` and any of ``rank``, ``alpha``, ``method``,
-            ``update``, ``scale``. Where several match, the last wins.
+            ``update``, ``scale``, ``kernel_rank``. Where several match, the last wins.
         train_norm: Train the parameters of normalisation layers too.
         train_bias: Train the biases of the adapted layers too; ``'all'``: every bias of the model, those of norms included,
             which without targets is BitFit.
@@ -102,6 +106,7 @@ def adapt(model: nn.Module,
             ``targets``, on the names of modules, with everything in them, and of parameters (``*.norm1``, ``*.bias``).
         train: What trains whole instead of being adapted: such as ``exclude`` takes (``stem``, ``*.context``). Adapter
             files and checkpoints hold it.
+        kernel_rank: Of ``tucker``, rank of each dimension of the kernel, at least 1.
 
     Returns:
         The same model.
@@ -113,7 +118,7 @@ def adapt(model: nn.Module,
     """
     if any(isinstance(m, AdaptedLayer) for m in model.modules()):
         raise ValueError('this model is adapted already: export() it first, or adapt a fresh one')
-    settings = dict(rank=rank, alpha=alpha, method=method, update=update, scale=scale)
+    settings = dict(rank=rank, alpha=alpha, method=method, update=update, scale=scale, kernel_rank=kernel_rank)
     _check_settings(settings)
     if train_bias not in (True, False, 'all'):
         raise ValueError(f"train_bias must be True, False or 'all', not {train_bias!r}")
@@ -142,6 +147,19 @@ def adapt(model: nn.Module,
         _check_settings({**settings, **changes})
         for name in match_layers({name: layers[name] for name in chosen}, override.get('targets', ())):
             chosen[name].update(changes)
+        if 'method' in changes:
+            named |= _named(layers, override['targets'])
+    for name in [name for name in matched if name in chosen or name in zero]:
+        try:
+            METHODS[chosen.get(name, settings)['method']].check(layers[name]._parameters['weight'].shape)
+        except TypeError as error:
+            refused[name] = _refusal(name, error)
+            if name in named:
+                raise refused[name] from None
+            chosen.pop(name, None)
+            zero.discard(name)
+    if refused and not chosen:
+        raise next(iter(refused.values()))
 
     in_place = whole | {_key(name, leaf) for name in zero for leaf in layers[name]._parameters}
     for name, layer in layers.items():
@@ -156,8 +174,9 @@ def adapt(model: nn.Module,
     model.trained_in_place = in_place
     for name, setting in chosen.items():
         adapt_layer(layers[name], **setting)
+    used = {option for setting in chosen.values() for option in METHODS[setting['method']].options}
     model.liera = dict(
-        settings,
+        {key: value for key, value in settings.items() if key != 'kernel_rank' or key in used},
         targets=list(targets),
         overrides=[dict(override) for override in overrides],
         train_norm=train_norm,
@@ -277,14 +296,14 @@ def scale_of(layer: AdaptedLayer) -> str:
 
 
 class SummaryRow(NamedTuple):
-    """One adapted layer: counts are numbers of parameters."""
+    """One adapted layer: counts are numbers of parameters; for ``tucker``, the rank is that of each dimension."""
     layer: str
     kind: str
     shape: Tuple[int, ...]
     method: str
     update: str
     scale: str
-    rank: Optional[int]
+    rank: Union[int, Tuple[int, ...], None]
     trainable: int
     frozen: int
 
@@ -304,8 +323,8 @@ class Summary(List[SummaryRow]):
     def __str__(self) -> str:
         cells = [SummaryRow._fields]
         for row in self:
-            shape = ' x '.join(map(str, row.shape))
-            cells.append((row.layer, row.kind, shape, row.method, row.update, row.scale, str(row.rank or '-'),
+            rank = sizes(row.rank) if isinstance(row.rank, tuple) else str(row.rank or '-')
+            cells.append((row.layer, row.kind, sizes(row.shape), row.method, row.update, row.scale, rank,
                           f'{row.trainable:,}', f'{row.frozen:,}'))
         lines = table_lines(cells)
         adapters = sum(row.trainable for row in self)
@@ -318,6 +337,11 @@ def table_lines(rows: Sequence[Sequence[str]]) -> List[str]:
     """Rows of cells as lines of text, the columns below each other."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     return ['  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
+def sizes(shape: Sequence[int]) -> str:
+    """A shape as text: ``6 x 4 x 3 x 3``."""
+    return ' x '.join(map(str, shape))
 
 
 def some(names: Iterable[str]) -> str:
@@ -335,7 +359,7 @@ def summary(model: nn.Module) -> Summary:
         frozen = sum(p.numel() for p in layer.parameters(recurse=False) if not p.requires_grad)
         rows.append(
             SummaryRow(name, layer_kind(layer) or 'conv', tuple(layer.frozen_weight.shape), layer.method, layer.update,
-                       scale_of(layer), layer.adapter.rank, trainable, frozen))
+                       scale_of(layer), layer.adapter.core or layer.adapter.rank, trainable, frozen))
     parameters = list(model.parameters())
     return Summary(rows, sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
 
@@ -422,9 +446,10 @@ def _check_settings(settings: Dict[str, Any]) -> None:
     check_choice('method', settings['method'], METHODS)
     check_choice('update', settings['update'], UPDATES)
     check_choice('scale', settings['scale'], SCALES)
-    rank, alpha = settings['rank'], settings['alpha']
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f'rank must be a whole number of at least 1, not {rank!r}')
+    for name in ('rank', 'kernel_rank'):
+        if isinstance(rank := settings[name], bool) or not isinstance(rank, int) or rank < 1:
+            raise ValueError(f'{name} must be a whole number of at least 1, not {rank!r}')
+    alpha = settings['alpha']
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < float('inf'):
         raise ValueError(f'alpha must be a positive number, not {alpha!r}')
 
@@ -460,8 +485,12 @@ def _refusals(model: nn.Module, names: Sequence[str]) -> Dict[str, Exception]:
         try:
             _check_layer(model, name, owners)
         except (TypeError, ValueError) as error:
-            refusals[name] = type(error)(f'{name}: {error}. Choose targets that leave it out')
+            refusals[name] = _refusal(name, error)
     return refusals
+
+
+def _refusal(name: str, error: Exception) -> Exception:
+    return type(error)(f'{name}: {error}. Choose targets that leave it out')
 
 
 def _check_layer(model: nn.Module, name: str, owners: Mapping[int, Sequence[str]]) -> None:

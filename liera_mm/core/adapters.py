@@ -160,9 +160,10 @@ def _weighted(name: str, weights: Sequence[float], tensors: Sequence[Tensor]) ->
 
 def _summed(settings: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
     """The settings of factors that stand side by side: ranks add up, and so does alpha, which leaves alpha / rank."""
+    added = 'rank', 'kernel_rank', 'alpha'
 
     def sums(dicts: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
-        return {**dicts[0], **{key: sum(each[key] for each in dicts) for key in ('rank', 'alpha') if key in dicts[0]}}
+        return {**dicts[0], **{key: sum(each[key] for each in dicts) for key in added if key in dicts[0]}}
 
     return dict(sums(settings), overrides=[sums(overrides) for overrides in zip(*(each['overrides'] for each in settings))])
 

@@ -3,89 +3,25 @@
 Δ has the shape of the weight it perturbs and lives in a plain vector space. Every parameterisation is a small module that
 holds the trained tensors; calling it gives Δ in float32 or better, and Δ is exactly zero at start.
 """
+import functools
 import math
-from typing import Callable, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 
-
-def factor_shapes(weight_shape: torch.Size, groups: int, rank: int) -> Tuple[Tuple[int, int], Tuple[int, int]]:
-    """Shapes of the low-rank factors A and B of a weight's matrix view.
-
-    A weight of shape ``(d0, d1, *kernel)`` is viewed as a matrix of ``d0 / groups * p`` rows and ``d1 * groups * q``
-    columns, with ``q`` the last kernel dimension and ``p`` the product of the others. For a square kernel ``p = q = k``
-    this is the view behind the parameter counts of the paper's Tables 1 and 2: A is ``(rank * k, in * k)`` and B is
-    ``(out / groups * k, rank * k)``. Linear and 1x1 weights reduce to ``(rank, in)`` and ``(out, rank)``. The inner
-    dimension of kernels that are not square is ``rank * min(p, q)``: the rank that one ``p x q`` block can have.
-
-    Args:
-        weight_shape: ``(out, in / groups, *kernel)``, or ``(in, out / groups, *kernel)`` for a transposed convolution.
-        groups: Groups of the convolution, 1 for a linear layer.
-        rank: Rank r of the factors, at least 1.
-
-    Returns:
-        The shapes of A and B; the product of their outer dimensions is the number of weights.
-    """
-    d0, d1, *kernel = weight_shape
-    q = kernel[-1] if kernel else 1
-    p = math.prod(kernel[:-1])
-    inner = rank * min(p, q)
-    return (inner, d1 * groups * q), (d0 // groups * p, inner)
-
-
-def low_rank(a: Tensor, b: Tensor, scale: Union[float, Tensor], shape: torch.Size) -> Tensor:
-    """Δ = scale · reshape(B A), the update of LoRA (Eq. 1 and 2) as an element of the Lie algebra."""
-    return (b @ a).view(shape) * scale
-
-
-def root_mean_square(weight: Tensor) -> Tensor:
-    """The unit in which ``scale='relative'`` measures Δ, without dimensions and in float32 or better.
-
-    It is 1 for a weight that has none: of zeros, which no multiplicative update moves, or with values that are not finite.
-    """
-    rms = weight.detach().double().square().mean().sqrt().to(torch.promote_types(weight.dtype, torch.float32))
-    return torch.where((rms >= torch.finfo(rms.dtype).tiny) & rms.isfinite(), rms, 1)
-
-
-def leading_factors(matrix: Tensor, rank: int) -> Tuple[Tensor, Tensor]:
-    """A = √S Vᵀ and B = U √S of a matrix's leading singular triplets, so that B A is its best approximation of that rank.
-
-    See :func:`minor_factors`.
-    """
-    return _singular_factors(matrix, slice(0, rank))
-
-
-def minor_factors(matrix: Tensor, rank: int) -> Tuple[Tensor, Tensor]:
-    """A = √S Vᵀ and B = U √S of a matrix's last singular triplets, of those with a singular value that is no rounding error.
-
-    By an eigendecomposition of the smaller Gram matrix in float64, many times faster than a singular value decomposition;
-    on the CPU, where every process of a distributed training finds the same. A pair of singular vectors has the sign with
-    which the largest entry of the shorter one is positive.
-
-    Args:
-        matrix: The matrix, ``(n, m)``.
-        rank: Number of triplets; those with a singular value below 1e-6 of the largest are left out.
-
-    Returns:
-        A, ``(r, m)``, and B, ``(n, r)``, in float64 and on the matrix's device, with r at most ``rank``.
-    """
-    return _singular_factors(matrix, slice(-rank, None))
-
-
-def _singular_factors(matrix: Tensor, chosen: slice) -> Tuple[Tensor, Tensor]:
-    wide = matrix.double().cpu()
-    tall = len(wide) > wide.shape[1]
-    wide = wide.T if tall else wide
-    values, vectors = torch.linalg.eigh(wide @ wide.T)
-    singular, vectors = values.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
-    count = int((singular > 1e-6 * singular[0]).sum())
-    singular, vectors = singular[:count][chosen], vectors[:, :count][:, chosen]
-    vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
-    left = vectors * singular.sqrt()
-    right = wide.T @ left / singular
-    a, b = (left.T, right) if tall else (right.T, left)
-    return a.to(matrix.device), b.to(matrix.device)
+from .factors import (
+    at_least_float32,
+    atom_shapes,
+    factor_shapes,
+    leading_factors,
+    low_rank,
+    minor_factors,
+    root_mean_square,
+    side_by_side,
+    tucker_factors,
+    tucker_sum,
+)
 
 
 class Perturbation(nn.Module):
@@ -99,26 +35,35 @@ class Perturbation(nn.Module):
         transposed: Whether the weight is of a transposed convolution.
         relative: Whether Δ is in units of the weight's root mean square, such that a multiplicative update moves the
             weight as far as an additive one would.
+        options: What the parameterisation takes beside these, by the names in ``options``.
 
     Attributes:
+        options (tuple[str]): Settings of :func:`liera_mm.adapt` for this parameterisation alone.
         scale (float): alpha / rank.
         rms (Tensor | None): The root mean square of the frozen weight, by which a relative Δ is divided.
         unrestricted (bool): Whether every tensor is a Δ of this kind, by trained tensors that are known at once.
         rescales (bool): Whether :meth:`finish` has anything to do.
+        needs_weight (bool): Whether Δ can only be zero where all of the frozen weight is.
     """
+    options: Tuple[str, ...] = ()
     unrestricted = False
     rescales = False
+    needs_weight = False
 
     def __init__(self, weight: Tensor, groups: int, rank: int, alpha: float, transposed: bool = False,
-                 relative: bool = False):
+                 relative: bool = False, **options: Any):
         super().__init__()
         self.shape, self.groups, self.rank, self.transposed = weight.shape, groups, rank, transposed
         self.scale = alpha / rank
         self.register_buffer('rms', at_least_float32(weight.new_ones(())) if relative else None)
-        self.build(weight)
+        self.build(weight, **options)
         self.reset(weight)
 
-    def build(self, weight: Tensor) -> None:
+    @classmethod
+    def check(cls, shape: torch.Size) -> None:
+        """Raise a TypeError if there is no such perturbation of weights of a shape."""
+
+    def build(self, weight: Tensor, **options: Any) -> None:
         """Make the trained tensors, on the device and in the dtype of the weight, such that Δ is zero."""
         raise NotImplementedError
 
@@ -160,6 +105,11 @@ class Perturbation(nn.Module):
         """Whether its rank is above the dimensions of Δ, which then can be every tensor, and there are fewer weights."""
         return False
 
+    @property
+    def core(self) -> Optional[Tuple[int, ...]]:
+        """The rank of every dimension of the weight, where each has one of its own."""
+        return None
+
     def project(self, delta: Tensor, target: Tensor) -> None:
         """Take the Δ that is nearest to another, in Euclidean norm.
 
@@ -180,6 +130,16 @@ class Perturbation(nn.Module):
             ValueError: If there is no such sum.
         """
         raise ValueError(f'perturbations of the kind {type(self).__name__} have no sum')
+
+    def add_ranks(self, terms: Sequence[Tuple[float, 'Perturbation']]) -> List[Tuple[float, 'Perturbation']]:
+        """Take the sum of the ranks for rank, and the scale that alpha / rank is, were alpha the sum too.
+
+        Returns:
+            The terms with their weights in units of the new scale.
+        """
+        self.rank = sum(other.rank for _, other in terms)
+        self.scale = sum(other.scale * other.rank for _, other in terms) / self.rank
+        return [(w * other.scale / self.scale, other) for w, other in terms]
 
 
 class Dense(Perturbation):
@@ -215,9 +175,14 @@ class Dense(Perturbation):
 
 class LowRank(Perturbation):
     """``method='lora'``: Δ = (alpha / rank) · reshape(B A), A Kaiming-uniform (a = √5) and B zero at start."""
+    view = staticmethod(factor_shapes)
+
+    @classmethod
+    def check(cls, shape: torch.Size) -> None:
+        cls.view(shape, groups=1, rank=1)
 
     def build(self, weight: Tensor) -> None:
-        a_shape, b_shape = factor_shapes(weight.shape, self.groups, self.rank)
+        a_shape, b_shape = self.view(weight.shape, self.groups, self.rank)
         self.A = nn.Parameter(weight.new_empty(a_shape))
         self.B = nn.Parameter(weight.new_zeros(b_shape))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
@@ -239,18 +204,14 @@ class LowRank(Perturbation):
         return (delta / self.factor).reshape(self.matrix)
 
     def combine(self, terms: Sequence[Tuple[float, Perturbation]], move: Callable[[Tensor], Tensor]) -> None:
-        factors = self.add_ranks(terms)
-        self.A, self.B = map(nn.Parameter, side_by_side([(w, other.A, other.B) for w, other in factors]))
+        self.add_factors(terms, 'A', 'B')
 
-    def add_ranks(self, terms: Sequence[Tuple[float, Perturbation]]) -> List[Tuple[float, Perturbation]]:
-        """Take the sum of the ranks for rank, and the scale that alpha / rank is, were alpha the sum too.
-
-        Returns:
-            The terms with their weights in units of the new scale.
-        """
-        self.rank = sum(other.rank for _, other in terms)
-        self.scale = sum(other.scale * other.rank for _, other in terms) / self.rank
-        return [(w * other.scale / self.scale, other) for w, other in terms]
+    def add_factors(self, terms: Sequence[Tuple[float, Perturbation]], *names: str) -> None:
+        """Put the factors of these names side by side."""
+        terms = [(w, *(getattr(other, name) for name in names)) for w, other in self.add_ranks(terms)]
+        (inner, _), _ = self.view(self.shape, self.groups, self.rank)
+        for name, factor in zip(names, side_by_side(terms, inner)):
+            setattr(self, name, nn.Parameter(factor) if name in self._parameters else factor)
 
 
 class Pissa(LowRank):
@@ -270,7 +231,7 @@ class Pissa(LowRank):
     @torch.no_grad()
     def reset(self, weight: Tensor) -> None:
         super().reset(weight)
-        if weight.is_meta or not torch.isfinite(weight).all():  # LieRAHook refuses to train on the latter, by name
+        if not is_intact(weight):
             return
         a, b = (factor.to(self.A.dtype) for factor in self.start(weight.detach().reshape(self.matrix), len(self.A)))
         self.A[:len(a)], self.B[:, :len(a)] = a, b
@@ -287,8 +248,7 @@ class Pissa(LowRank):
 
     def combine(self, terms: Sequence[Tuple[float, Perturbation]], move: Callable[[Tensor], Tensor]) -> None:
         super().combine(terms, move)
-        factors = self.add_ranks(terms)
-        self.A0, self.B0 = side_by_side([(w, other.A0, other.B0) for w, other in factors])
+        self.add_factors(terms, 'A0', 'B0')
 
 
 class Milora(Pissa):
@@ -372,15 +332,98 @@ def _norm(rows: Tensor) -> Tuple[Tensor, Tensor]:
     return (rows / unit[:, None]).norm(dim=1), unit
 
 
-def side_by_side(terms: Sequence[Tuple[float, Tensor, Tensor]]) -> Tuple[Tensor, Tensor]:
-    """A and B such that B A = Σ w · B A over the terms ``(w, A, B)``: (Σ r, m) and (n, Σ r), in the dtype of the terms."""
-    weights, a, b = zip(*terms)
-    return torch.cat(a), torch.cat([(w * factor.double()).to(factor.dtype) for w, factor in zip(weights, b)], 1)
+class Tucker(Perturbation):
+    """``method='tucker'``, FLoRA (arXiv 2405.14739): Δ = (alpha / rank) · G ×₁ A1 ×₂ A2 ×₃ ..., in the shape of the weight.
+
+    A factor is (size, rank) of its dimension, the core G of the shape of the ranks: ``rank`` for the channels, which is that
+    of the scale, and ``kernel_rank`` for the kernel, or the size where that is less. G is zero at start. Factors begin as in
+    the authors' code (Kaiming-normal, a = √3), those of full rank at the identity. For a linear layer Δ is A1 G A2ᵀ.
+    """
+    options = ('kernel_rank', )
+
+    def build(self, weight: Tensor, kernel_rank: int = 2) -> None:
+        ranks = [self.rank] * 2 + [kernel_rank] * (weight.dim() - 2)
+        self.G = nn.Parameter(weight.new_zeros([min(pair) for pair in zip(ranks, weight.shape)]))
+        for name, *shape in zip(self.modes, weight.shape, self.core):
+            factor = nn.Parameter(weight.new_empty(shape))
+            self.register_parameter(name, factor)
+            if shape[0] == shape[1]:
+                nn.init.eye_(factor)
+            else:
+                nn.init.kaiming_normal_(factor, a=math.sqrt(3))
+
+    @property
+    def modes(self) -> List[str]:
+        """Names of the factors."""
+        return [f'A{mode}' for mode in range(1, len(self.shape) + 1)]
+
+    @property
+    def core(self) -> Tuple[int, ...]:
+        return tuple(self.G.shape)
+
+    def factors(self) -> Tuple[Tensor, Tensor]:
+        first, *others = (at_least_float32(getattr(self, name)) for name in self.modes)
+        core, others = at_least_float32(self.G).flatten(1), functools.reduce(torch.kron, others)
+        if core.shape[0] <= core.shape[1]:
+            return core @ others.T, first
+        return others.T, first @ core
+
+    def project(self, delta: Tensor, target: Tensor) -> None:
+        core, factors = tucker_factors(delta / self.factor, self.core)
+        self.G.copy_(core)
+        for name, factor in zip(self.modes, factors):
+            getattr(self, name).copy_(factor)
+
+    def combine(self, terms: Sequence[Tuple[float, Perturbation]], move: Callable[[Tensor], Tensor]) -> None:
+        core, factors = tucker_sum([(w, other.G, [getattr(other, name) for name in self.modes])
+                                    for w, other in self.add_ranks(terms)])
+        for name, tensor in zip(['G', *self.modes], [core, *factors]):
+            setattr(self, name, nn.Parameter(tensor))
 
 
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """The tensor in float32, or in its own precision where that is higher."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+class Atom(LowRank):
+    """``method='atom'``, filter subspace (arXiv 2403.00269): of a kernel as coefficients times few filters, these train.
+
+    Δ = (alpha / rank) · reshape(B A) with A the change of the filters, called atoms, zero at start. Their coefficients B are
+    B of :func:`~liera_mm.core.factors.leading_factors` of the frozen weight as the matrix of
+    :func:`~liera_mm.core.factors.atom_shapes`, and are kept, so that Δ never depends on repeating a decomposition.
+    """
+    view = staticmethod(atom_shapes)
+    needs_weight = True
+
+    def build(self, weight: Tensor) -> None:
+        a_shape, b_shape = self.view(weight.shape, self.groups, self.rank)
+        self.A = nn.Parameter(weight.new_zeros(a_shape))
+        self.register_buffer('B', weight.new_zeros(b_shape))
+
+    @torch.no_grad()
+    def reset(self, weight: Tensor) -> None:
+        super().reset(weight)
+        if is_intact(weight):
+            _, b = leading_factors(weight.detach().reshape(self.matrix), len(self.A))
+            self.B.zero_()[:, :b.shape[1]] = b
+
+    def project(self, delta: Tensor, target: Tensor) -> None:
+        self.A.copy_(torch.linalg.pinv(self.B) @ self.product(delta))
 
 
-METHODS = dict(lora=LowRank, pissa=Pissa, milora=Milora, dora=Dora, dense=Dense)
+class AtomPissa(Pissa):
+    """``method='atom-pissa'``: as ``atom``, with coefficients that train too; as ``pissa``, of the matrix of ``atom``."""
+    view = staticmethod(atom_shapes)
+
+
+def is_intact(weight: Tensor) -> bool:
+    """Whether a weight has values, all of them finite; LieRAHook refuses to train on others, by name."""
+    return not weight.is_meta and bool(torch.isfinite(weight).all())
+
+
+METHODS = {
+    'lora': LowRank,
+    'pissa': Pissa,
+    'milora': Milora,
+    'dora': Dora,
+    'tucker': Tucker,
+    'atom': Atom,
+    'atom-pissa': AtomPissa,
+    'dense': Dense,
+}

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy, _symbolic_trace
 
-from .algebra import METHODS, Perturbation, at_least_float32
+from .algebra import METHODS, Perturbation
 from .errors import SetupError
+from .factors import at_least_float32
 from .group import MULTIPLICATIVE, UPDATES
 from .kernels import builtin_only
 from .kernels.weight import moved_weights
@@ -304,18 +305,20 @@ def _restore(original_class: Type[nn.Module]) -> AdaptedLayer:
 
 
 @torch.inference_mode(False)  # tensors that are made in it could never train
-def adapt_layer(layer: nn.Module, method: str, update: str, scale: str, rank: int, alpha: float) -> None:
+def adapt_layer(layer: nn.Module, method: str, update: str, scale: str, rank: int, alpha: float, **options: Any) -> None:
     """Turn one layer into its adapted counterpart, in place. Its outputs stay as they were until the adapter trains.
 
-    The arguments are those of :func:`liera_mm.adapt`.
+    The arguments are those of :func:`liera_mm.adapt`; ``options`` are those that some methods alone have.
 
     Raises:
-        TypeError: If the layer cannot be adapted (see :func:`check_layer`).
+        TypeError: If the layer cannot be adapted (see :func:`check_layer`), or not by this method.
     """
     check_layer(layer)
     groups, transposed = geometry(layer)
     relative = scale == 'relative' and update in MULTIPLICATIVE
-    adapter = METHODS[method](layer.weight.detach(), groups, rank, alpha, transposed, relative)
+    kind = METHODS[method]
+    options = {name: options[name] for name in kind.options if name in options}
+    adapter = kind(layer.weight.detach(), groups, rank, alpha, transposed, relative, **options)
     layer.adapter = adapter.train(layer.training)
     layer.register_buffer('unmerged_weight', None, persistent=False)
     layer.method, layer.update = method, update

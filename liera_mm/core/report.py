@@ -58,7 +58,8 @@ class LayerReport(NamedTuple):
         update: Name of the rule that applies Δ.
         scale: What Δ is measured in, see :func:`~liera_mm.core.adapt.scale_of`.
         matrix: Rows n and columns m of the weight as the matrix that the method is about: for ``dense`` and low-rank factors
-            the matrix view of :func:`~liera_mm.core.algebra.factor_shapes`.
+            the matrix view of :func:`~liera_mm.core.factors.factor_shapes`, for atoms that of
+            :func:`~liera_mm.core.factors.atom_shapes`, for ``tucker`` a row for each index of the first dimension.
         delta_rank: Largest rank that Δ can have as a matrix: the rows of A, rank · k (PiSSA's two products: twice that), or
             min(n, m) where that is less. Under ``additive`` it is the rank capacity of the paper's Section 4.4.
         rank: Numerical rank of the weight's change, as a matrix, see :func:`numerical_rank`; 0 where nothing has changed,
@@ -72,6 +73,7 @@ class LayerReport(NamedTuple):
         sign_change_share: Share of the weights with Δ <= -1, where ``taylor`` leaves the group; None under other updates.
         parameters: Number of trained parameters of the perturbation.
         weights: Number of weights that they perturb.
+        core: The rank of each dimension of the weight, for ``tucker``; None for methods without.
     """
     layer: str
     kind: str
@@ -88,6 +90,7 @@ class LayerReport(NamedTuple):
     sign_change_share: Optional[float]
     parameters: int
     weights: int
+    core: Optional[Tuple[int, ...]]
 
 
 @functools.partial(through_wrappers, does='reads')
@@ -139,7 +142,8 @@ def _layer_report(name: str, layer: AdaptedLayer) -> LayerReport:
         relative_taylor_error=relative_error,
         sign_change_share=(delta <= -1).double().mean().item() if layer.update == 'taylor' else None,
         parameters=sum(p.numel() for p in adapter.parameters()),
-        weights=weight.numel())
+        weights=weight.numel(),
+        core=adapter.core)
 
 
 def _quantile(values: Tensor, share: float) -> float:

@@ -69,14 +69,15 @@ def check_finite(model: nn.Module) -> None:
 
 
 def check_movable(model: nn.Module) -> None:
-    """Raise a SetupError if all of a layer's weight is zero, which no multiplicative update moves."""
+    """Raise a SetupError if all of a layer's weight is zero, which no multiplicative update moves, nor some methods."""
     zero = [name for name, layer in adapted_layers(model)
-            if layer.update in MULTIPLICATIVE and not layer.frozen_weight.any()]
+            if (layer.update in MULTIPLICATIVE or layer.adapter.needs_weight) and not layer.frozen_weight.any()]
     if zero:
         raise SetupError(
-            f'{len(zero)} adapted layers have nothing but zeros for a weight, which no multiplicative update moves: '
+            f'{len(zero)} adapted layers have nothing but zeros for a weight, which their update or method cannot move: '
             f'{some(zero)}',
-            "Give them update='additive' in overrides, or targets that leave them out; or check the pretrained weights")
+            "Give them update='additive', method='lora' or 'dense' in overrides, or targets that leave them out; or check "
+            'the pretrained weights')
 
 
 def ranks_above_dimensions(model: nn.Module) -> List[str]:

@@ -14,7 +14,7 @@ from mmpretrain.models.utils import LayerNorm2d
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..core.algebra import at_least_float32
+from ..core.factors import at_least_float32
 from ..core.kernels import builtin_only
 from ..core.kernels import convnext as fused
 from ..core.kernels.constants import constant

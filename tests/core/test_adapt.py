@@ -149,6 +149,8 @@ def test_overrides(net, overrides, expected):
     ({'method': None}, 'method None'),
     ({'method': ['lora']}, r"method \['lora'\]"),
     ({'update': 'tailor'}, "update 'tailor'.*did you mean 'taylor'"),
+    ({'method': 'tucker', 'kernel_rank': 0}, 'kernel_rank must be a whole number of at least 1, not 0'),
+    ({'overrides': [{'targets': ['conv'], 'kernel_rank': 1.5}]}, 'kernel_rank must .* 1.5'),
     ({'scale': 'absolute'}, "scale 'absolute'.*known: relative, plain"),
     ({'overrides': [{'targets': ['linear'], 'scale': 'relativ'}]}, "'relativ'.*did you mean 'relative'"),
     ({'update': 'Additive'}, "update 'Additive'.*did you mean 'additive'"),
@@ -429,7 +431,7 @@ def test_settings_that_are_not_given_are_not_recorded(net):
 def test_layers_of_zeros_train_whole(method, update, caplog):
     """As the offsets of a deformable convolution: a multiplicative update, PiSSA and DoRA would leave them at zero."""
     caplog.set_level('INFO')
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(2, 2))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
     for parameter in model[1].parameters():
         parameter.data.zero_()
     adapt(model, rank=2, method=method, update=update)
@@ -469,6 +471,40 @@ def test_modules_that_are_called_adapter(perturb):
     assert names(adapt(nn.Sequential(nn.Linear(2, 2), WithAdapter()))) == ['0', '1.adapter']
 
 
+@pytest.mark.parametrize('method', ['atom', 'atom-pissa'])
+def test_atoms_need_spatial_extent(net, method, caplog):
+    """Layers without are refused if a target or an override names them, and left out with a line in the log otherwise."""
+    match = '^stages.0.pointwise_conv1: it has no spatial extent'
+    assert_refused(net, TypeError, match, method=method, targets=['stages.0.pointwise_conv1'])
+    assert_refused(net, TypeError, match, method=method, targets=['conv', 'stages.*.pointwise_conv1'])
+    assert_refused(net, TypeError, match, overrides=[dict(targets=['stages.0.*'], method=method)])
+    assert_refused(net, TypeError, match, method=method, targets=['pointwise'])  # there is nothing else to adapt
+    assert not caplog.messages
+    assert names(adapt(copy.deepcopy(net), method=method, overrides=[dict(targets=['linear'], method='lora')])) == [
+        name for name in names(adapt(copy.deepcopy(net))) if name not in POINTWISE]
+    kinds = adapt(copy.deepcopy(net), overrides=[dict(targets=['conv', 'linear'], method=method)])
+    assert [row.method for row in summary(kinds)] == [method, *['lora'] * 6]
+    caplog.clear()
+    net.head.weight.data.zero_()  # stays too: a layer that the method is not about does not train whole
+    adapt(net, method=method)
+    assert names(net) == [*CONV, *DEPTHWISE] and not trains(net)
+    assert caplog.messages == [
+        'LieRA  4 pointwise, 1 linear layers cannot be adapted and stay as they are: stages.0.pointwise_conv1 and what is '
+        'like it, for it has no spatial extent, and atoms are filters in space']
+
+
+def test_the_rank_of_kernels_is_recorded_where_it_is_used(net):
+    """Files of other methods, which had no such setting before, have none."""
+    assert 'kernel_rank' not in adapt(copy.deepcopy(net), kernel_rank=3).liera
+    for settings in (dict(method='tucker'), dict(overrides=[dict(targets=['depthwise'], method='tucker')])):
+        model = adapt(copy.deepcopy(net), rank=2, kernel_rank=1, **settings)
+        assert model.liera['kernel_rank'] == 1
+        assert summary(model)[1].rank == (2, 1, 1, 1) and ' 2 x 1 x 1 x 1 ' in str(summary(model))
+    model = adapt(net, rank=2, method='tucker', overrides=[dict(targets=['depthwise'], kernel_rank=3)])
+    assert model.liera['kernel_rank'] == 2
+    assert [row.rank for row in summary(model)][:3] == [(2, 2, 2, 2), (2, 1, 3, 3), (2, 2, 1, 1)]
+
+
 # What trains, and what stays
 
 
@@ -485,10 +521,12 @@ def test_what_trains(net, method, update, targets, train_norm, train_bias):
         for block in ('stages.0', 'stages.1'):
             expected |= {f'{block}.norm.weight', f'{block}.norm.bias', f'{block}.grn.gamma', f'{block}.grn.beta'}
     if train_bias:
-        expected |= {f'{block}.{layer}.bias' for block in ('stages.0', 'stages.1')
-                     for layer in ('depthwise_conv', 'pointwise_conv1')}  # pointwise_conv2 has none
+        # pointwise_conv2 has none
+        expected |= {f'{name}.bias' for name in [*DEPTHWISE, POINTWISE[0], POINTWISE[2]] if name in names(net)}
         if targets is KINDS:
-            expected |= {'stem.0.bias', 'head.bias'}
+            expected |= {f'{name}.bias' for name in [*CONV, *LINEAR] if name in names(net)}
+    assert names(net) == [name for name in match_layers(dict(net.named_modules()), targets)
+                          if not method.startswith('atom') or name in [*CONV, *DEPTHWISE]]
     assert {name for name, p in net.named_parameters() if p.requires_grad} == expected
     assert intended_parameters(net) == expected
 
@@ -761,7 +799,7 @@ def test_scales_are_the_same_under_additive(net):
 @pytest.mark.parametrize('method', METHODS)
 def test_the_unit_is_that_of_the_weight_that_was_frozen_and_is_never_computed_again(net, perturb, method):
     adapt(net, rank=2, method=method)
-    layer = net.head
+    layer = net.stem[0]
     base = {name: 3 * tensor for name, tensor in net.state_dict().items() if '.adapter.' not in name}
     net.load_state_dict(base, strict=False)
     unit = layer.weight.square().mean().sqrt()
@@ -769,13 +807,13 @@ def test_the_unit_is_that_of_the_weight_that_was_frozen_and_is_never_computed_ag
     perturb(net)
     net.load_state_dict({name: 2 * tensor for name, tensor in base.items()}, strict=False)
     assert torch.allclose(layer.adapter.rms, unit)
-    assert torch.equal(adapter_state_dict(net)['head.adapter.rms'], layer.adapter.rms)
+    assert torch.equal(adapter_state_dict(net)['stem.0.adapter.rms'], layer.adapter.rms)
 
 
 @pytest.mark.parametrize('value', [0., 1e-30])
 @pytest.mark.parametrize('method', METHODS)
 def test_a_weight_without_a_unit(method, value):
-    layer = nn.Sequential(nn.Linear(4, 4))
+    layer = nn.Sequential(nn.Conv2d(4, 4, 3))
     nn.init.constant_(layer[0].weight, value)
     adapt(layer, rank=2, method=method, targets=['0'])
     assert torch.equal(layer[0].effective_weight(), layer[0].frozen_weight)

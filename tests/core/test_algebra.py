@@ -8,13 +8,17 @@ from mmpretrain.models.backbones import ConvNeXt
 from torch import nn
 
 from liera_mm import adapt, summary
-from liera_mm.core.algebra import (
-    METHODS,
+from liera_mm.core.algebra import METHODS
+from liera_mm.core.factors import (
     at_least_float32,
+    atom_shapes,
     factor_shapes,
     leading_factors,
     low_rank,
     minor_factors,
+    mode_product,
+    side_by_side,
+    tucker_factors,
 )
 
 LAYERS = [
@@ -36,7 +40,6 @@ LAYERS = [
     nn.ConvTranspose3d(4, 6, (3, 2, 1), groups=2),
 ]
 every_layer = pytest.mark.parametrize('layer', LAYERS, ids=repr)
-every_method = pytest.mark.parametrize('method', METHODS)
 
 
 # Shapes
@@ -129,13 +132,34 @@ def test_convnextv2_b_compact(fresh_convnextv2_b):
     assert summary(fresh_convnextv2_b).trainable == 3_977_600
 
 
+def test_convnextv2_b_tucker(fresh_convnextv2_b):
+    """Of the depthwise kernels, C x 16 and per layer a core of 16 x 1 x 2 x 2, and factors of 1 x 1 and twice 7 x 2."""
+    rows = summary(adapt(fresh_convnextv2_b, method='tucker'))
+    depthwise = [row for row in rows if row.kind == 'depthwise']
+    assert {row.rank for row in depthwise} == {(16, 1, 2, 2)}
+    assert sum(row.trainable for row in depthwise) == 16 * 18_048 + 36 * 93 == 292_116
+    assert sum(math.prod(row.shape) for row in depthwise) == 884_352
+
+
+@pytest.mark.parametrize(('method', 'trainable'), [
+    ('atom', 36 * 16 * 49 + 16 * 16 + 3 * 4 * 4),
+    ('atom-pissa', 36 * 16 * 49 + 16 * 16 + 3 * 4 * 4 + 16 * (18_048 + 3 * 128) + 4 * (128 * 256 + 256 * 512 + 512 * 1024)),
+])
+def test_convnextv2_b_atoms(fresh_convnextv2_b, method, trainable):
+    rows = summary(adapt(fresh_convnextv2_b, method=method))
+    assert {row.kind for row in rows} == {'conv', 'depthwise'}
+    assert rows.trainable == trainable
+
+
 # Values
 
 
-@every_method
+@pytest.mark.parametrize('method', METHODS)
 @every_layer
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_delta_is_zero_at_start(method, layer, dtype):
+    if method.startswith('atom') and math.prod(layer.weight.shape[2:]) == 1:
+        pytest.skip('has no spatial extent')
     layer = adapt(copy.deepcopy(layer).to(dtype), rank=2, method=method)
     delta = layer.adapter()
     assert delta.shape == layer.weight.shape
@@ -229,3 +253,103 @@ def test_pissa_starts_at_the_leading_triplets_and_milora_at_the_last_and_they_ke
     u, s, v = torch.linalg.svd(layer.weight.detach().reshape(24, 18), full_matrices=False)
     torch.testing.assert_close(adapter.B0 @ adapter.A0, u[:, triplets] * s[triplets] @ v[triplets])
     assert torch.equal(adapter.A, adapter.A0) and torch.equal(adapter.B, adapter.B0)
+
+
+# Tucker's core
+
+
+@every_layer
+@pytest.mark.parametrize(('rank', 'kernel_rank'), [(2, 1), (3, 2), (16, 16)])
+def test_tucker_has_a_core_and_a_factor_for_each_dimension(layer, rank, kernel_rank):
+    adapter = METHODS['tucker'](layer.weight.detach(), 1, rank, 6., kernel_rank=kernel_rank)
+    shape = layer.weight.shape
+    core = [*(min(rank, size) for size in shape[:2]), *(min(kernel_rank, size) for size in shape[2:])]
+    shapes = {name: list(p.shape) for name, p in adapter.named_parameters()}
+    assert shapes == {'G': core, **{f'A{i}': list(pair) for i, pair in enumerate(zip(shape, core), 1)}}
+    assert adapter.core == tuple(core) and adapter.scale == 6 / rank
+    for name, (size, mode_rank) in list(shapes.items())[1:]:
+        if size == mode_rank:
+            assert torch.equal(getattr(adapter, name), torch.eye(size))
+    assert adapter.G.count_nonzero() == 0
+
+
+def test_factors_of_tucker_begin_as_in_the_code_of_its_authors():
+    """Kaiming-normal with a = sqrt(3): a deviation of sqrt(2 / (1 + 3) / rank)."""
+    adapter = METHODS['tucker'](torch.zeros(1000, 800), 1, 8, 8.)
+    for factor in (adapter.A1, adapter.A2):
+        assert factor.std().item() == pytest.approx(.25, rel=.05)
+
+
+def test_tucker_on_a_linear_layer_is_a_product_of_three():
+    adapter = METHODS['tucker'](torch.zeros(5, 7), 1, 2, 6.)
+    nn.init.normal_(adapter.G)
+    torch.testing.assert_close(adapter(), 3 * adapter.A1 @ adapter.G @ adapter.A2.T)
+
+
+@pytest.mark.parametrize('shape', [(6, 5), (6, 5, 3), (6, 1, 7, 7), (3, 4, 2, 3, 4)])
+def test_tucker_factors(shape):
+    """Exact for a tensor of these ranks; otherwise no worse than all that each mode loses, and orthonormal."""
+    tensor = torch.randn(shape, dtype=torch.float64)
+    ranks = [min(2, size) for size in shape]
+    core, factors = tucker_factors(tensor, ranks)
+    near = core
+    lost = 0
+    for mode, factor in enumerate(factors):
+        torch.testing.assert_close(factor.T @ factor, torch.eye(ranks[mode], dtype=torch.float64))
+        near = mode_product(near, factor, mode)
+        lost += torch.linalg.svdvals(tensor.movedim(mode, 0).flatten(1))[ranks[mode]:].square().sum()
+    assert (tensor - near).square().sum() <= lost * (1 + 1e-9)
+    again, factors = tucker_factors(near, ranks)
+    for mode, factor in enumerate(factors):
+        again = mode_product(again, factor, mode)
+    torch.testing.assert_close(again, near)
+
+
+# Atoms
+
+
+@pytest.mark.parametrize(
+    ('weight', 'rank', 'a', 'b'),
+    [
+        # out, in / groups, kernel     m, positions    out * in / groups, m
+        ((10, 6, 3, 3), 2, (2, 9), (60, 2)),
+        ((10, 6, 3, 3), 16, (9, 9), (60, 9)),
+        ((4, 1, 7, 7), 16, (4, 49), (4, 4)),
+        ((10, 6, 3), 2, (2, 3), (60, 2)),
+        ((2, 3, 1, 2, 3), 2, (2, 6), (6, 2)),
+    ],
+    ids=str)
+def test_atom_shapes(weight, rank, a, b):
+    assert atom_shapes(torch.Size(weight), 1, rank) == (a, b)
+
+
+@pytest.mark.parametrize('shape', [(10, 6), (10, 6, 1), (10, 6, 1, 1)])
+@pytest.mark.parametrize('method', ['atom', 'atom-pissa'])
+def test_there_are_no_atoms_without_spatial_extent(method, shape):
+    with pytest.raises(TypeError, match='no spatial extent'):
+        METHODS[method].check(torch.Size(shape))
+    with pytest.raises(TypeError, match='no spatial extent'):
+        METHODS[method](torch.randn(shape), 1, 2, 2.)
+
+
+@pytest.mark.parametrize('shape', [(8, 6, 3, 3), (8, 1, 7, 7)])
+def test_coefficients_are_of_the_weight(shape):
+    """By them, and atoms of the same scale, it is approximated as well as by any of as many."""
+    weight = torch.randn(shape)
+    adapter = METHODS['atom'](weight, 1, 4, 4.)
+    u, s, v = torch.linalg.svd(weight.reshape(shape[0] * shape[1], -1).double(), full_matrices=False)
+    torch.testing.assert_close(adapter.B @ adapter.B.T, (u[:, :4] * s[:4] @ u[:, :4].T).float(), rtol=1e-4, atol=1e-5)
+    again = METHODS['atom'](weight, 1, 4, 4.)
+    assert torch.equal(adapter.B, again.B)
+    again.reset(2 * weight)
+    torch.testing.assert_close(again.B, math.sqrt(2) * adapter.B)
+
+
+@pytest.mark.parametrize('shape', [(3, 8), (8, 3), (8, 9)])
+def test_factors_side_by_side_are_no_more_than_the_dimensions(shape):
+    rows, columns = shape
+    terms = [(w, torch.randn(r, columns), torch.randn(rows, r)) for w, r in ((.5, 2), (-1., 3))]
+    inner = min(5, *shape)
+    a, b = side_by_side(terms, inner)
+    assert a.shape == (inner, columns) and b.shape == (rows, inner)
+    torch.testing.assert_close(b @ a, sum(w * right @ left for w, left, right in terms))

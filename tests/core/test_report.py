@@ -96,16 +96,30 @@ LAYERS = {
 }
 
 
-@every_setting
-@pytest.mark.parametrize('kind', LAYERS)
+# Methods that are about another matrix than LoRA's: that, and the rank that Δ has with rank 2 for a weight of n x m x kernel
+OTHER_VIEWS = {
+    'tucker': lambda n, m, *kernel: ((n, m * math.prod(kernel)), min(2, n, math.prod(min(2, k) for k in (m, *kernel)))),
+    'atom': lambda n, m, *kernel: ((n * m, math.prod(kernel)), 2),
+    'atom-pissa': lambda n, m, *kernel: ((n * m, math.prod(kernel)), min(4, n * m, math.prod(kernel))),
+}
+
+
+@pytest.mark.parametrize(('kind', 'method', 'update'), [
+    (k, m, u) for k in LAYERS for m in METHODS for u in UPDATES if k not in ('linear', 'pointwise') or m[:4] != 'atom'])
 def test_rank_of_the_change(perturb, kind, method, update):
     """LoRA's is that of its factors, r k; that of PiSSA and MiLoRA twice that; others reach all of min(n, m)."""
     make, matrix, factor_rank = LAYERS[kind]
-    report, = layer_reports(perturb(adapt(nn.Sequential(make()), rank=2, method=method, update=update)))
-    full = min(matrix)
-    twice = min(2 * factor_rank, full)
-    delta_rank = dict(lora=factor_rank, dora=factor_rank, pissa=twice, milora=twice, dense=full)[method]
+    model = nn.Sequential(make())
+    report, = layer_reports(perturb(adapt(model, rank=2, method=method, update=update)))
+    if method in OTHER_VIEWS:
+        matrix, delta_rank = OTHER_VIEWS[method](*model[0].weight.shape)
+        full = min(matrix)
+    else:
+        full = min(matrix)
+        twice = min(2 * factor_rank, full)
+        delta_rank = dict(lora=factor_rank, dora=factor_rank, pissa=twice, milora=twice, dense=full)[method]
     assert (report.matrix, report.delta_rank) == (matrix, delta_rank)
+    assert report.core == (model[0].adapter.core if method == 'tucker' else None)
     assert report.rank == (delta_rank if update == 'additive' and method != 'dora' else full)
 
 
@@ -183,7 +197,7 @@ def test_sign_changes(update, share):
 @every_setting
 @pytest.mark.parametrize('value', [math.nan, math.inf])
 def test_values_that_are_not_finite(perturb, method, update, value):
-    model = perturb(adapt(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), rank=2, method=method, update=update))
+    model = perturb(adapt(nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)), rank=2, method=method, update=update))
     with torch.no_grad():
         next(model[0].adapter.parameters()).view(-1)[0] = value
     broken, sound = layer_reports(model)

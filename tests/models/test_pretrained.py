@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import liera_mm
-from liera_mm.core.algebra import root_mean_square
+from liera_mm.core.factors import root_mean_square
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

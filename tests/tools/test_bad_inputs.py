@@ -209,6 +209,8 @@ BAD_INPUTS = {
     'base weights with NaN, PiSSA': (
         both(base_weights(lambda weight: weight[0].fill_(torch.nan)), liera(method='pissa')), f'{LAYER}.weight'),
     'layer of zeros': (base_weights(torch.Tensor.zero_), LAYER),
+    'layer of zeros, atom, additive': (
+        both(base_weights(torch.Tensor.zero_), liera(method='atom', update='additive')), LAYER),
     'layer of zeros, dense, exp': (both(base_weights(torch.Tensor.zero_), liera(method='dense', update='exp')), LAYER),
     'base weights of another architecture': (
         options(**{'model.backbone.arch.channels': '[24,48,96,128]', 'model.neck.in_channels': '[24,48,96,128]'}),

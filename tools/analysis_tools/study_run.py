@@ -51,6 +51,10 @@ METHODS: Dict[str, Optional[Dict[str, Any]]] = {
     'pissa-liera': dict(method='pissa', update='taylor', scale='relative'),
     'milora': dict(method='milora', update='additive'),
     'milora-liera': dict(method='milora', update='taylor', scale='relative'),
+    'tucker': dict(method='tucker', update='additive'),
+    'tucker-liera': dict(method='tucker', update='taylor', scale='relative'),
+    'atom': dict(method='atom', update='additive'),
+    'atom-liera': dict(method='atom', update='taylor', scale='relative'),
     'compact': dict(update='taylor', scale='relative', overrides=[dict(targets=['depthwise'], method='dense')]),
     'compact+norms': dict(
         update='taylor', scale='relative', overrides=[dict(targets=['depthwise'], method='dense')], train_norm=True),

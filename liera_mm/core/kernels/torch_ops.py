@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..algebra import at_least_float32, low_rank
+from ..factors import at_least_float32, low_rank
 from ..group import SLOPES, UPDATES
 
 

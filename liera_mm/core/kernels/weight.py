@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..algebra import low_rank
+from ..factors import low_rank
 from ..group import UPDATES
 from . import ops_for
 

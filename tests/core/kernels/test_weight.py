@@ -5,7 +5,7 @@ from torch import nn
 from torch.autograd import gradcheck
 
 from liera_mm.core.adapt import adapt
-from liera_mm.core.algebra import factor_shapes, low_rank
+from liera_mm.core.factors import factor_shapes, low_rank
 from liera_mm.core.group import UPDATES
 from liera_mm.core.kernels.weight import moved_weights
 from liera_mm.core.layers import effective_weights
