@@ -2,6 +2,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -172,7 +173,7 @@ def test_configs(world, method, monkeypatch):
         assert trained and not any('conv' in name.rpartition('.')[0].rpartition('.')[2] for name in trained)
     else:
         assert bool(trained) == adapters
-        assert (trained <= base) == (not adapters) and ((trained & base) != set()) == (method == 'liera+norms')
+        assert (trained <= base) == (not adapters) and ((trained & base) != set()) == method.endswith('+norms')
         assert not adapters or (backbone.liera['rank'], backbone.liera['alpha']) == (4, 16)
 
 
@@ -192,6 +193,19 @@ def test_what_is_finished_is_left_out(run, tmp_path):
     assert '[1/1]' not in run('--methods', 'lora')
     run('--methods', 'lora', '--seeds', '0', '1')
     assert calls(tmp_path) == ['lora 0', 'lora 1']
+
+
+def test_results_in_one_file(run, call, tmp_path):
+    """As they are kept: they count as finished, and are in the next report."""
+    run('--methods', 'lora', '--seeds', '0', '1')
+    call('report')
+    shutil.rmtree(tmp_path / 'results')
+    assert '2 runs, 2 of them finished' in run('--methods', 'lora', '--seeds', '0', '1')
+    run('--methods', 'frozen')
+    call('report')
+    kept = [json.loads(line) for line in (tmp_path / 'results.jsonl').read_text().splitlines()]
+    assert [(result['method'], result['seed']) for result in kept] == [('frozen', 0), ('lora', 0), ('lora', 1)]
+    assert calls(tmp_path) == ['lora 0', 'lora 1', 'frozen 0']
 
 
 def test_best(run, tmp_path):

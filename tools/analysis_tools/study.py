@@ -3,8 +3,8 @@
 
 ``run`` trains and validates every combination of --worlds, --methods, --ranks, --lrs, --alphas and --seeds, several at a
 time, and leaves a file for each in OUT/results. Called again, it leaves out what is finished and resumes what was
-interrupted, from the last whole epoch. ``report`` makes tables and pictures of all results there are, ``sheet`` a picture of
-predictions.
+interrupted, from the last whole epoch. ``report`` makes tables and pictures of all results there are, and leaves them in one
+file, OUT/results.jsonl, which can be kept and gone on with in place of OUT/results. ``sheet`` makes a picture of predictions.
 
     study.py run --worlds cells trees --methods full liera --lrs 5e-4 1e-3 --alphas 8 32 128   # tuning
     study.py run --worlds cells trees --methods full liera --best --seeds 0 1 2                # each at its best
@@ -30,6 +30,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Deque, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
+from liera_mm.core.checkpoint import write_atomically
 from liera_mm.core.errors import SetupError
 
 # Before anything of MMDetection, which may need the operators that liera_mm stands in for
@@ -53,6 +54,7 @@ from study_run import (
 )
 
 METRIC = 'coco/bbox_mAP'
+TOGETHER = 'results.jsonl'  # all results there are, one a line
 CONTEXT = multiprocessing.get_context('spawn')  # CUDA does not survive a fork
 
 
@@ -115,8 +117,12 @@ def was_wanted(args: argparse.Namespace, result: Dict[str, Any]) -> bool:
 # Results
 
 def read_results(out: Path) -> List[Dict[str, Any]]:
-    """All results, in the order of their names."""
-    return [json.loads(file.read_text()) for file in sorted(out.glob('results/*/*.json'))]
+    """All results, in the order of their names: from their own files, or else from the one that ``report`` leaves."""
+    together = out / TOGETHER
+    results = [json.loads(line) for line in together.read_text().splitlines()] if together.is_file() else []
+    results += [json.loads(file.read_text()) for file in out.glob('results/*/*.json')]
+    by_run = {to_run(result): result for result in results}
+    return [by_run[run] for run in sorted(by_run, key=lambda run: (run.world, run.name))]
 
 
 def to_run(result: Dict[str, Any]) -> Run:
@@ -124,22 +130,22 @@ def to_run(result: Dict[str, Any]) -> Run:
     return Run(**dict(fields, options=tuple(sorted(result['options'].items()))))
 
 
-def is_finished(out: Path, run: Run) -> bool:
-    """Whether a run has a result.
+def finished(out: Path, runs: Sequence[Run]) -> List[Run]:
+    """Those that have a result.
 
     Raises:
-        SetupError: If it has one of another config.
+        SetupError: If one has a result of another config.
     """
-    file = result_file(out, run)
-    if not file.is_file():
-        return False
-    ours, theirs = fingerprint(run), json.loads(file.read_text())['fingerprint']
-    different = [key for key in sorted(ours.keys() | theirs.keys())
-                 if ours.get(key) != theirs.get(key) and not key.startswith('test_')]
-    if different:
-        raise SetupError(f'{file} is the result of another config, with other {", ".join(different)}',
-                         'Choose another folder with --out, or delete that file')
-    return True
+    results = {to_run(result): result for result in read_results(out)}
+    found = [run for run in runs if run in results]
+    for run in found:
+        ours, theirs = fingerprint(run), results[run]['fingerprint']
+        different = [key for key in sorted(ours.keys() | theirs.keys())
+                     if ours.get(key) != theirs.get(key) and not key.startswith('test_')]
+        if different:
+            raise SetupError(f'{result_file(out, run)} is the result of another config, with other {", ".join(different)}',
+                             f'Choose another folder with --out, or delete that file, or its line in {TOGETHER}')
+    return found
 
 
 # Running
@@ -267,7 +273,8 @@ def run_command(args: argparse.Namespace) -> None:
         cfg = config_of(next(run for run in runs if run.world == world), args.data)
         check_data(cfg, ['train', 'val'])
         check_weights(cfg)
-    unfinished = [run for run in runs if not is_finished(args.out, run)]
+    done = finished(args.out, runs)
+    unfinished = [run for run in runs if run not in done]
     print(f'{len(runs)} runs, {len(runs) - len(unfinished)} of them finished', flush=True)
     pool = Pool(args, start + 60 * args.minutes)
     left = pool.run_all(unfinished)
@@ -281,17 +288,18 @@ def run_command(args: argparse.Namespace) -> None:
 
 def report_command(args: argparse.Namespace) -> None:
     from study_report import write_report  # needs matplotlib
-    results = [result for result in read_results(args.out) if result['world'] in args.worlds
-               and result['method'] in args.methods]
+    everything = read_results(args.out)
+    results = [result for result in everything if result['world'] in args.worlds and result['method'] in args.methods]
     if not results:
         raise SetupError(f'{args.out} has no results of these worlds and methods',
                          'Call study.py run first, or name its folder with --out')
+    write_atomically(args.out / TOGETHER, ''.join(json.dumps(result) + '\n' for result in everything).encode())
     print(write_report(results, args.out))
 
 
 def sheet_command(args: argparse.Namespace) -> None:
     from study_report import write_sheet
-    kept = [run for run in plan(args) if is_finished(args.out, run) and work_dir(args.out, run).is_dir()]
+    kept = [run for run in finished(args.out, plan(args)) if work_dir(args.out, run).is_dir()]
     if not kept:
         raise SetupError(f'{args.out / "runs"} has no checkpoint of these runs',
                          'Train them with --keep; of runs that are finished, delete the results first')
