@@ -4,7 +4,7 @@
 ``run`` trains and validates every combination of --worlds, --methods, --ranks, --lrs, --alphas and --seeds, several at a
 time, and leaves a file for each in OUT/results. Called again, it leaves out what is finished and resumes what was
 interrupted, from the last whole epoch. ``report`` makes tables and pictures of all results there are, and leaves them in one
-file, OUT/results.jsonl, which can be kept and gone on with in place of OUT/results. ``sheet`` makes a picture of predictions.
+file, OUT/results.jsonl, which can be gone on with in place of OUT/results. ``sheet`` makes a picture of predictions.
 
     study.py run --worlds cells trees --methods full liera --lrs 5e-4 1e-3 --alphas 8 32 128   # tuning
     study.py run --worlds cells trees --methods full liera --best --seeds 0 1 2                # each at its best
