@@ -98,7 +98,7 @@ STOCK = {key: value for options in UNDONE.values() for key, value in options.ite
 
 # The heads of liera_mm/models/device_heads.py
 DEVICE_HEADS = {
-    'model.rpn_head.type': 'DeviceRPNHead', 'model.rpn_head.padded': True, 'model.roi_head.type': 'DeviceRoIHead',
+    'model.rpn_head.type': 'DeviceRPNHead', 'model.roi_head.type': 'DeviceRoIHead',
     'model.roi_head.bbox_roi_extractor.type': 'DeviceRoIExtractor',
     'model.roi_head.mask_roi_extractor.type': 'DeviceRoIExtractor',
 }

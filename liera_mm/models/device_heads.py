@@ -20,7 +20,6 @@ from mmengine.registry import MODELS
 from mmengine.structures import InstanceData
 from torch import Tensor
 from torch.nn.modules.utils import _pair
-from torch.nn.utils.rnn import pad_sequence
 
 from ..core.kernels import ops_for
 from .masks import DeviceMasks
@@ -29,20 +28,36 @@ from .targets import Boxes, Samples, assign, decode, encode, image_sizes, pad_bo
 MASKS_AT_ONCE = 32  # the mask head gets a multiple of this many RoIs: every other number would have cuDNN plan anew
 
 
+class Proposals(Sequence):
+    """The proposals of each image. The first look at them waits for the device, which :class:`DeviceRoIHead` does without.
+
+    Attributes:
+        padded (list[InstanceData]): The same, filled up to one number, and ``valid`` says which are there.
+    """
+
+    def __init__(self, padded: List[InstanceData]):
+        self.padded = padded
+
+    @functools.cached_property
+    def _there(self) -> List[InstanceData]:
+        results = [each[each.valid] for each in self.padded]
+        for result in results:
+            del result.valid
+        return results
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._there[index]
+
+    def __len__(self) -> int:
+        return len(self.padded)
+
+
 @MODELS.register_module()
 class DeviceRPNHead(RPNHead):
     """MMDetection's ``RPNHead``, whose targets, losses and proposals in training are those of the whole batch at once.
 
-    Args:
-        padded: Whether the proposals of each image may be filled up to the same number, with ``valid`` of their instances
-            saying which are there. :class:`DeviceRoIHead` expects that; others need False, which waits once an image.
-
     With an assigner, sampler, coder or loss that is not the usual one of Mask R-CNN, it does what ``RPNHead`` does.
     """
-
-    def __init__(self, *args: Any, padded: bool = False, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.padded = padded
 
     def loss_by_feat(self,
                      cls_scores: List[Tensor],
@@ -81,7 +96,7 @@ class DeviceRPNHead(RPNHead):
                         batch_img_metas: Optional[List[dict]] = None,
                         cfg: Optional[dict] = None,
                         rescale: bool = False,
-                        with_nms: bool = True) -> List[InstanceData]:
+                        with_nms: bool = True) -> Sequence[InstanceData]:
         if (not self.training or cfg is None or rescale or not with_nms or not self.use_sigmoid_cls
                 or unsupported(self.assigner, self.sampler, self.bbox_coder)
                 or dict(cfg.nms) != dict(type='nms', iou_threshold=cfg.nms.iou_threshold)):
@@ -107,9 +122,8 @@ class DeviceRPNHead(RPNHead):
         scores, index = torch.where(kept, scores, -1.).flatten(1).topk(min(cfg.max_per_img, scores[0].numel()))
         valid = scores >= 0
         boxes = take(boxes.flatten(1, 2), index) * valid[..., None]
-        results = [InstanceData(bboxes=b, scores=s, labels=torch.zeros_like(s, dtype=torch.long), valid=v)
-                   for b, s, v in zip(boxes, scores, valid)]
-        return results if self.padded else [_there(result) for result in results]
+        return Proposals([InstanceData(bboxes=b, scores=s, labels=torch.zeros_like(s, dtype=torch.long), valid=v)
+                          for b, s, v in zip(boxes, scores, valid)])
 
     def _usual_losses(self) -> bool:
         return (type(self.loss_cls) is CrossEntropyLoss and self.loss_cls.use_sigmoid and self.loss_cls.class_weight is None
@@ -142,17 +156,17 @@ class DeviceRoIHead(StandardRoIHead):
     With an assigner, sampler, coder or loss that is not the usual one of Mask R-CNN, it does what ``StandardRoIHead`` does.
     """
 
-    def loss(self, x: Tuple[Tensor], rpn_results_list: List[InstanceData], batch_data_samples: list) -> Dict[str, Tensor]:
+    def loss(self, x: Tuple[Tensor], rpn_results_list: Sequence[InstanceData],
+             batch_data_samples: list) -> Dict[str, Tensor]:
         if not self._usual():
-            return super().loss(x, [_there(result) for result in rpn_results_list], batch_data_samples)
+            return super().loss(x, rpn_results_list, batch_data_samples)
         gt_instances, ignored_instances, _ = unpack_gt_instances(batch_data_samples)
-        proposals = pad_boxes(rpn_results_list, x[0])
-        filled = pad_sequence(
-            [result.valid if 'valid' in result else result.bboxes.new_ones(len(result), dtype=torch.bool)
-             for result in rpn_results_list] + [proposals.valid.new_zeros(1)], batch_first=True)[:-1]
+        if isinstance(rpn_results_list, Proposals):
+            proposals, usable = (torch.stack([each[key] for each in rpn_results_list.padded]) for key in ('bboxes', 'valid'))
+        else:
+            proposals, usable, _ = pad_boxes(rpn_results_list, x[0])
         gts = pad_boxes(gt_instances, x[0])
-        boxes, samples, gt_index = self._sample(
-            proposals.boxes, proposals.valid & filled, gts, pad_boxes(ignored_instances, x[0]))
+        boxes, samples, gt_index = self._sample(proposals, usable, gts, pad_boxes(ignored_instances, x[0]))
         labels = torch.where(samples.positive, take(gts.labels, gt_index), self.bbox_head.num_classes)
         counts, counted = samples.positive.sum(1).to('cpu', non_blocking=True), None
         if boxes.is_cuda:
@@ -267,15 +281,6 @@ def _rois(boxes: Tensor) -> Tensor:
     """From (N, S, 4) to (N · S, 5), the image first."""
     image = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)[:, None, None].expand(-1, boxes.shape[1], -1)
     return torch.cat([image, boxes], 2).flatten(0, 1)
-
-
-def _there(result: InstanceData) -> InstanceData:
-    """The instances that are there, of padded ones; this waits for the device."""
-    if 'valid' not in result:
-        return result
-    result = result[result.valid]
-    del result.valid
-    return result
 
 
 def _mask_targets(boxes: Tensor, index: Tensor, masks: Any, cfg: Any) -> Tensor:

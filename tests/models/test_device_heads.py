@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from liera_mm.engine.cli import load_config
 from liera_mm.models import DeviceRoIExtractor, DeviceRoIHead, DeviceRPNHead
+from liera_mm.models.device_heads import Proposals
 from liera_mm.models.masks import DeviceMasks
 from liera_mm.models.targets import unsupported
 
@@ -155,21 +156,29 @@ def test_losses_of_images_that_were_padded():
 @pytest.mark.parametrize('options', [
     {}, dict(min_bbox_size=12), dict(min_bbox_size=-1), dict(nms_pre=20), dict(nms_pre=-1), dict(max_per_img=5000),
     dict(nms=dict(type='nms', iou_threshold=.1)), dict(min_bbox_size=1000)], ids=str)
-@pytest.mark.parametrize('padded', [True, False])
-def test_proposals(padded, options):
+def test_proposals(options):
     ours, theirs = (build(dict(type=cls, **rpn_config())) for cls in ('DeviceRPNHead', 'RPNHead'))
-    ours.padded = padded
     metas = [s.metainfo for s in samples(shapes=[(96, 128), (64, 96), (32, 128), (70, 100)])]
     x, cfg = features(), ConfigDict({**PROPOSALS, **options})
     results = [head.predict_by_feat(*head(x), batch_img_metas=metas, cfg=cfg) for head in (ours, theirs)]
+    assert len({len(padded) for padded in results[0].padded}) == 1
     for our, their in zip(*results):
-        assert padded == ('valid' in our)
-        if padded:
-            assert len(our) == len(results[0][0])
-            our = our[our.valid]
-        assert len(our) == len(their) and (len(our) > 4) == (options != dict(min_bbox_size=1000))
+        assert our.keys() == their.keys() and len(our) == len(their)
+        assert (len(our) > 4) == (options != dict(min_bbox_size=1000))
         torch.testing.assert_close(our.bboxes, their.bboxes)
         torch.testing.assert_close(our.scores, their.scores, check_dtype=False)
+
+
+def test_proposals_for_any_roi_head():
+    """Stock heads find the proposals that are there, and may keep something in them."""
+    rpn, roi = build(dict(type='DeviceRPNHead', **rpn_config())), build(roi_config('StandardRoIHead', 'SingleRoIExtractor'))
+    x, data = features(), samples()
+    few = ConfigDict(PROPOSALS, nms=dict(type='nms', iou_threshold=.1))
+    _, proposals = rpn.loss_and_predict(x, copy.deepcopy(data), proposal_cfg=few)
+    there = [len(padded[padded.valid]) for padded in proposals.padded]
+    assert there != [len(padded) for padded in proposals.padded]
+    roi.loss(x[:4], proposals, data)
+    assert [len(each.priors) for each in proposals] == there
 
 
 def test_testing_is_mmdetections():
@@ -203,6 +212,8 @@ def roi_loss(data, padded=False, there=40, seed=None):
                 filled[valid] = boxes.bboxes
                 boxes = InstanceData(bboxes=filled, scores=torch.zeros(50), labels=torch.zeros(50).long(), valid=valid)
             proposals.append(boxes)
+        if padded and isinstance(head, DeviceRoIHead):
+            proposals = Proposals(proposals)
         torch.manual_seed(seed or 0)
         return head.loss(x, proposals, copy.deepcopy(data))
 
@@ -286,7 +297,7 @@ class NoWaiting(TorchDispatchMode):
 
 def test_the_host_never_waits(monkeypatch):
     """On a CPU nothing waits, but the operators that would are seen."""
-    rpn = build(dict(type='DeviceRPNHead', padded=True, **rpn_config(num=64, allowed_border=0)))
+    rpn = build(dict(type='DeviceRPNHead', **rpn_config(num=64, allowed_border=0)))
     roi = build(roi_config('DeviceRoIHead', 'DeviceRoIExtractor', num=32))
     monkeypatch.setattr('liera_mm.models.masks.roi_align',
                         lambda masks, rois, size, *_: masks.new_zeros(len(rois), 1, *size))
