@@ -1,10 +1,13 @@
 """A module that is replayed from graphs trains as it does without; on the CPU, with a stand-in for the graphs."""
+import contextlib
 import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from recorded import Recorded
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import liera_mm
 from liera_mm.models import LieRAConvNeXt
@@ -228,6 +231,35 @@ def test_copy_goes_its_own_way(device):
     for parameter in model.parameters():
         parameter.data.zero_()
     assert all(map(torch.equal, twin(images(device)), before))
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_gradients_are_reduced_between_processes(device):
+    """One process of one: what it hands over in all steps but the first of two whose gradients add up."""
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        handed, theirs = [], backbone(device)
+        ours = DistributedDataParallel(backbone(device), gradient_as_bucket_view=True)
+        ours.register_comm_hook(None, lambda _, bucket: handed.append(bucket.index()) or done(bucket.buffer()))
+        _, made = graphed(ours.module)
+        for seed in range(6):
+            x = images(device, seed=seed)
+            with ours.no_sync() if seed % 2 == 0 else contextlib.nullcontext():
+                step(ours, x, seed)
+            step(theirs, x, seed)
+            assert_same(gradients(ours.module), gradients(theirs))
+            assert len(handed) == (seed + 1) // 2
+            if seed % 2:
+                ours.zero_grad(), theirs.zero_grad()
+        assert len(made) == 1
+    finally:
+        dist.destroy_process_group()
+
+
+def done(tensor):
+    future = torch.futures.Future()
+    future.set_result(tensor)
+    return future
 
 
 def test_what_cannot_be_captured(monkeypatch):
