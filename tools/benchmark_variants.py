@@ -19,8 +19,8 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from liera_mm.core.adapt import layer_kind
 from liera_mm.core.factors import factor_shapes
+from liera_mm.core.targets import layer_kind
 from liera_mm.engine.watches import LossWatch
 from liera_mm.models.graphs import Graphs
 

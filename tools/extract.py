@@ -13,9 +13,9 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner.checkpoint import load_state_dict, save_checkpoint
 
 import liera_mm
-from liera_mm.core.adapt import table_lines
 from liera_mm.core.errors import SetupError
 from liera_mm.core.extract import extract
+from liera_mm.core.text import table_lines
 from liera_mm.engine.checkpoint import leave_out_base, read_checkpoint
 from liera_mm.engine.cli import check_checkpoint, check_weights, exit_clearly, load_config
 

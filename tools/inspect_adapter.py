@@ -14,9 +14,9 @@ from typing import List, Optional, Sequence
 
 # Before anything of MMDetection, which may need the operators that liera_mm stands in for
 import liera_mm
-from liera_mm.core.adapt import sizes, table_lines
 from liera_mm.core.errors import SetupError
 from liera_mm.core.report import QUANTILES, LayerReport
+from liera_mm.core.text import sizes, table_lines
 from liera_mm.engine.checkpoint import load_adapter_file, load_trained
 from liera_mm.engine.cli import check_checkpoint, check_weights, exit_clearly, load_config
 

@@ -8,9 +8,11 @@ from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Seq
 import torch
 from torch import Tensor, nn
 
-from .adapt import adapted_layers, intended_parameters, some, trained_in_place, unmerge
+from .adapted import adapted_layers, intended_parameters, trained_in_place
 from .group import UPDATES
 from .layers import AdaptedLayer
+from .merging import unmerge
+from .text import some
 from .wrappers import refuse_shards, through_wrappers, unwrap
 
 

@@ -12,8 +12,9 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from ..version import __version__
-from .adapt import BEFORE, some
+from .adapt import BEFORE
 from .adapters import adapter_state_dict, frozen_names, start_adapter
+from .text import some
 from .wrappers import through_wrappers
 
 FORMAT = 'liera_mm-adapter-2'

@@ -5,10 +5,11 @@ from typing import Dict, List, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .adapt import adapted_layers, adapter_names, unmerge
+from .adapted import adapted_layers, adapter_names
 from .adapters import frozen_names
 from .group import INVERSES, MULTIPLICATIVE
 from .layers import AdaptedLayer
+from .merging import unmerge
 from .wrappers import through_wrappers
 
 

@@ -173,3 +173,8 @@ def tucker_sum(terms: Sequence[Tuple[float, Tensor, Sequence[Tensor]]]) -> Tuple
 def at_least_float32(tensor: Tensor) -> Tensor:
     """The tensor in float32, or in its own precision where that is higher."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def is_intact(weight: Tensor) -> bool:
+    """Whether a weight has values, all of them finite. LieRAHook refuses to train on those that are not, by name."""
+    return not weight.is_meta and bool(torch.isfinite(weight).all())

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy, _symbolic_trace
 
-from .algebra import METHODS, Perturbation
+from .algebra import METHODS
 from .errors import SetupError
 from .factors import at_least_float32
 from .group import MULTIPLICATIVE, UPDATES
 from .kernels import builtin_only
 from .kernels.weight import moved_weights
+from .perturbation import Perturbation
 from .reading import EffectiveWeight
 
 _is_fx_tracing = getattr(_symbolic_trace, 'is_fx_symbolic_tracing', _symbolic_trace.is_fx_tracing)

@@ -7,9 +7,11 @@ from typing import List, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from .adapt import adapted_layers, layer_kind, scale_of
+from .adapted import adapted_layers
 from .group import MULTIPLICATIVE, UPDATES
 from .layers import AdaptedLayer
+from .summary import scale_of
+from .targets import layer_kind
 from .wrappers import through_wrappers
 
 QUANTILES = (.5, .9, .99, 1.)
@@ -53,10 +55,10 @@ class LayerReport(NamedTuple):
 
     Attributes:
         layer: Name of the layer.
-        kind: Its kind, see :func:`~liera_mm.core.adapt.layer_kind`.
+        kind: Its kind, see :func:`~liera_mm.core.targets.layer_kind`.
         method: Name of the parameterisation of Δ.
         update: Name of the rule that applies Δ.
-        scale: What Δ is measured in, see :func:`~liera_mm.core.adapt.scale_of`.
+        scale: What Δ is measured in, see :func:`~liera_mm.core.summary.scale_of`.
         matrix: Rows n and columns m of the weight as the matrix that the method is about: for ``dense`` and low-rank factors
             the matrix view of :func:`~liera_mm.core.factors.factor_shapes`, for atoms that of
             :func:`~liera_mm.core.factors.atom_shapes`, for ``tucker`` a row for each index of the first dimension.

@@ -9,8 +9,8 @@ import numpy as np
 from mmdet.datasets import CocoPanopticDataset
 from mmengine.config import Config
 
-from ..core.adapt import table_lines
 from ..core.errors import SetupError
+from ..core.text import table_lines
 from . import annotations as coco
 from .datasets import classes_of, dataset_class, datasets_of, reads_coco
 

@@ -12,9 +12,11 @@ from mmengine.runner import EpochBasedTrainLoop, FlexibleRunner, Runner
 from mmengine.runner.base_loop import BaseLoop
 from torch import nn
 
-from ..core.adapt import adapter_names, merge, summary, unmerge
+from ..core.adapted import adapter_names
 from ..core.errors import SetupError
+from ..core.merging import merge, unmerge
 from ..core.report import range_report
+from ..core.summary import summary
 from ..core.wrappers import in_shards
 from ..models.pretrained import RECORD, decode_record, pretrained_backbones
 from . import invariants

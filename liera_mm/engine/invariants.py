@@ -10,10 +10,11 @@ from mmengine.optim import OptimWrapper, OptimWrapperDict
 from torch import nn
 from torch.optim import Optimizer
 
-from ..core.adapt import adapted_layers, adapter_names, intended_parameters, named_layers, some
+from ..core.adapted import adapted_layers, adapter_names, intended_parameters, named_layers
 from ..core.checkpoint import digest
 from ..core.errors import SetupError
 from ..core.group import MULTIPLICATIVE
+from ..core.text import some
 from ..models.pretrained import pretrained_backbones
 from .sharding import local
 from .watches import LossWatch, not_finite, optimizers

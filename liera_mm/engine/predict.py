@@ -15,9 +15,10 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import nn
 
-from ..core.adapt import adapter_names, merge
+from ..core.adapted import adapter_names
 from ..core.adapters import set_adapter
 from ..core.errors import SetupError
+from ..core.merging import merge
 from .checkpoint import adapted_backbones, load_adapter_file, load_trained
 from .datasets import datasets_of
 from .heads import wrong_heads

@@ -9,7 +9,7 @@ from mmengine.optim import OptimWrapper, OptimWrapperDict
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..core.adapt import adapted_layers
+from ..core.adapted import adapted_layers
 from ..core.errors import SetupError
 from ..core.report import range_report
 from ..core.wrappers import in_shards

@@ -10,8 +10,9 @@ from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ..core.adapt import adapt, check_choice, logger
+from ..core.adapt import adapt, logger
 from ..core.errors import SetupError
+from ..core.text import check_choice
 from .pretrained import PretrainedBackbone, note_loaded
 
 

@@ -16,9 +16,13 @@ from mmpretrain.models.backbones import ConvNeXt
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..core.adapt import BEFORE, adapter_names, intended_parameters, is_norm, layer_kind, some, unmerge, without_adapters
+from ..core.adapt import BEFORE
+from ..core.adapted import adapter_names, intended_parameters, without_adapters
 from ..core.checkpoint import differences, digest
 from ..core.errors import SetupError
+from ..core.merging import unmerge
+from ..core.targets import is_norm, layer_kind
+from ..core.text import some
 from ..version import __version__
 
 # The norms that detection puts behind every stage; classification checkpoints don't have them, and at their initial ones

@@ -10,19 +10,12 @@ from mmcv.cnn.bricks.conv_ws import ConvAWS2d, ConvWS2d
 from torch import nn
 
 from liera_mm import adapt, export, load_adapter, merge, summary, unmerge
-from liera_mm.core.adapt import (
-    KINDS,
-    adapted_layers,
-    adapter_names,
-    intended_parameters,
-    layer_kind,
-    match_layers,
-    without_adapters,
-)
+from liera_mm.core.adapted import adapted_layers, adapter_names, intended_parameters, without_adapters
 from liera_mm.core.algebra import METHODS
 from liera_mm.core.checkpoint import adapter_state_dict, fingerprint
 from liera_mm.core.group import UPDATES
 from liera_mm.core.layers import AdaptedLayer
+from liera_mm.core.targets import KINDS, layer_kind, match_layers
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

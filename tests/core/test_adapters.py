@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from liera_mm import adapt, adapter_state_dict, adapters_off, load_adapter, merge, save_adapter, set_adapter, unmerge
-from liera_mm.core.adapt import adapted_layers
+from liera_mm.core.adapted import adapted_layers
 from liera_mm.core.adapters import active_adapter
 from liera_mm.core.algebra import METHODS
 from liera_mm.core.group import UPDATES

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from liera_mm import __version__, adapt, adapter_state_dict, load_adapter, merge, save_adapter, unmerge
-from liera_mm.core.adapt import adapted_layers, intended_parameters
+from liera_mm.core.adapted import adapted_layers, intended_parameters
 from liera_mm.core.algebra import METHODS
 from liera_mm.core.checkpoint import FORMAT, fingerprint, seal
 from liera_mm.core.group import UPDATES

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from liera_mm import adapt, adapter_state_dict, combine, export, load_adapter, merge, save_adapter, set_adapter, summary
-from liera_mm.core.adapt import adapted_layers
+from liera_mm.core.adapted import adapted_layers
 from liera_mm.core.adapters import active_adapter
 from liera_mm.core.algebra import METHODS
 from liera_mm.core.group import UPDATES

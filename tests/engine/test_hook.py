@@ -15,7 +15,7 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import MODELS, OPTIM_WRAPPERS, DefaultScope
 
 import liera_mm
-from liera_mm.core.adapt import adapted_layers
+from liera_mm.core.adapted import adapted_layers
 from liera_mm.core.checkpoint import digest
 from liera_mm.core.errors import SetupError
 from liera_mm.engine.checkpoint import read_checkpoint

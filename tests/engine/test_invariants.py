@@ -9,7 +9,7 @@ from mmengine.optim import OptimWrapper
 from torch import nn
 
 import liera_mm
-from liera_mm.core.adapt import adapted_layers
+from liera_mm.core.adapted import adapted_layers
 from liera_mm.core.errors import SetupError
 from liera_mm.engine import invariants
 from liera_mm.engine.watches import GradientWatch

@@ -7,7 +7,8 @@ import torch
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
-from liera_mm.core.adapt import adapted_layers, intended_parameters, is_norm
+from liera_mm.core.adapted import adapted_layers, intended_parameters
+from liera_mm.core.targets import is_norm
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

@@ -14,7 +14,7 @@ from mmpretrain.models.backbones import ConvNeXt
 from torch import nn
 
 import liera_mm
-from liera_mm.core.adapt import adapted_layers
+from liera_mm.core.adapted import adapted_layers
 from liera_mm.core.errors import SetupError
 
 pytestmark = pytest.mark.usefixtures('one_thread')

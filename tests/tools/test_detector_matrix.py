@@ -94,7 +94,7 @@ def with_other_parts_frozen(model, edited=matrix.edited):
 SABOTAGE = {  # column: what breaks it, and a part of what it then says
     'stock': (matrix, 'inputs', lambda model, size: None, 'TypeError'),
     'builds': (matrix, 'edited', with_other_parts_frozen, 'no_such_layer'),
-    'trains': (liera_mm.core.adapt, 'intended_parameters', lambda model: {'conv1.weight'}, 'conv1.weight'),
+    'trains': (liera_mm.core.adapted, 'intended_parameters', lambda model: {'conv1.weight'}, 'conv1.weight'),
     'start': (matrix, 'edited', with_other_strides, 'other features'),
     'moves': (torch.optim, 'AdamW', lambda groups, **_: torch.optim.SGD([dict(group, lr=0.) for group in groups]),
               'do not move'),

@@ -131,7 +131,8 @@ def try_training(model: Dict[str, Any], scope: str, folder: Path, size: int) -> 
     from mmengine.runner import set_random_seed
 
     import liera_mm
-    from liera_mm.core.adapt import adapted_layers, intended_parameters, is_norm
+    from liera_mm.core.adapted import adapted_layers, intended_parameters
+    from liera_mm.core.targets import is_norm
     from liera_mm.engine import invariants
     from liera_mm.engine.plain import plain_config
     from liera_mm.engine.watches import LossWatch

@@ -23,7 +23,7 @@ import liera_mm  # before MMDetection, which may need the operators that liera_m
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
-from liera_mm.core.adapt import KINDS
+from liera_mm.core.targets import KINDS
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 COCO_PREFIX = 'mask-rcnn_convnextv2-b_'

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 # Before anything of MMDetection, which may need the operators that liera_mm stands in for
-from liera_mm.core.adapt import adapted_layers
+from liera_mm.core.adapted import adapted_layers
 from liera_mm.core.checkpoint import write_atomically
 from liera_mm.engine.checkpoint import latest_checkpoint
 from liera_mm.engine.cli import check_data, check_weights, load_config

@@ -1,0 +1,31 @@
+"""How names, shapes and tables are put into words."""
+import difflib
+from typing import Any, Iterable, List, Sequence
+
+
+def table_lines(rows: Sequence[Sequence[str]]) -> List[str]:
+    """Rows of cells as lines of text, the columns below each other."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ['  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
+def sizes(shape: Sequence[int]) -> str:
+    """A shape as text: ``6 x 4 x 3 x 3``."""
+    return ' x '.join(map(str, shape))
+
+
+def some(names: Iterable[str]) -> str:
+    """The first three of some names, and how many more there are."""
+    names = sorted(names)
+    return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '') if names else 'nothing'
+
+
+def check_choice(what: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise a ValueError, with the nearest of the choices, if a value is none of them."""
+    if value not in list(choices):
+        raise ValueError(f'unknown {what} {value!r}{nearest(str(value), choices)}; known: {", ".join(choices)}')
+
+
+def nearest(word: str, choices: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.4)
+    return f'; did you mean {close[0]!r}?' if close else ''
