@@ -3,11 +3,12 @@
 They take whole columns at a time: on COCO's 118,000 images to train on, less time than reading the file does.
 """
 import contextlib
+import difflib
 import gc
 import itertools
 import json
 from collections import Counter
-from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Set, Type
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Type
 
 import numpy as np
 
@@ -105,6 +106,17 @@ def check_categories(path: str, categories: Sequence[Dict[str, Any]]) -> None:
     check_unique(path, 'ids of categories', ids, 'Give every category an id of its own')
 
 
+def spelling(name: str) -> str:
+    """A name without what is easily mistaken: capitals, spaces, and signs between words."""
+    return ''.join(filter(str.isalnum, name)).casefold()
+
+
+def nearest(name: str, names: Sequence[str]) -> Optional[str]:
+    """That of the names which may be meant by one that is not among them."""
+    same = [other for other in names if spelling(other) == spelling(name)]
+    return next(iter(same + difflib.get_close_matches(name, names, n=1, cutoff=.7)), None)
+
+
 def check_classes(path: str, classes: Sequence[str], theirs: Sequence[str]) -> None:
     """Raise a SetupError unless annotations have the classes of a config, in that order.
 
@@ -113,10 +125,11 @@ def check_classes(path: str, classes: Sequence[str], theirs: Sequence[str]) -> N
     check_class_list(classes)
     missing = [name for name in classes if name not in theirs]
     if missing:
+        meant = next(((near, name) for name in missing if (near := nearest(name, theirs))), None)
         raise SetupError(
             f'{path} lacks {len(missing)} classes of the config, such as {", ".join(map(str, missing[:5]))}; it has '
-            f'{", ".join(map(str, theirs[:5]))}.', 'Set metainfo=dict(classes=...) of the data set to its own names, and '
-            'num_classes of the heads to their number')
+            f'{", ".join(map(str, theirs[:5]))}' + (f'. Did you mean {meant[0]!r} by {meant[1]!r}?' if meant else ''),
+            'Set metainfo=dict(classes=...) of the data set to its own names, and num_classes of the heads to their number')
     ordered = [name for name in theirs if name in set(classes)]
     check_unique('The config', 'names of classes', classes, 'Give each class a name of its own')
     check_unique(path, 'names of categories', ordered, 'Give each category a name of its own')

@@ -24,32 +24,57 @@ from mmengine.runner import Runner
 
 from ..core.errors import SetupError
 from ..models.pretrained import check_prefix
+from . import annotations as coco
 from .auto_classes import fill_classes
 from .config_tree import dicts, replace_prefix
 from .data import DataChecks
 from .data_files import check_coco
-from .datasets import classes_of, dataset_class, datasets_of, reads_coco
+from .datasets import classes_of, dataset_class, datasets_of, reads_coco, reads_voc
+from .voc import check_voc
 
 LOOK_ALIKES = str.maketrans(dict(zip('\u0430\u0435\u0456\u043e\u0440\u0441\u0445\u0443', 'aeiopcxy')))
 """Cyrillic letters that look like the Latin ones of file names."""
 
 
 def exit_clearly(main: Callable[[], None]) -> None:
-    """Run a tool; a :class:`SetupError` ends it with the error's two lines and exit status 1."""
+    """Run a tool; a :class:`SetupError` ends it with the error's two lines and exit status 1.
+
+    So does what MMEngine's and MMDetection's classes raise when they are built from a config.
+    """
     try:
         main()
-    except RuntimeError as error:
+    except Exception as error:
         # A process that loads data sends the text of its traceback, which ends with the error
         lines = str(error) if isinstance(error, SetupError) else ''.join(re.findall(r'SetupError: (.+\n.+)\s*$', str(error)))
+        lines = lines or '\n'.join(_build_error(error))
         if not lines:
             raise
         sys.exit(lines)
-    except TypeError as error:
-        call = re.search(r"(\w+)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'", str(error))
-        if not call or not any(frame.name == 'build_from_cfg' for frame in traceback.extract_tb(error.__traceback__)):
-            raise
-        sys.exit(f"The config has a {call[1]}, or something made of it, with {call[2]}=..., which that does not take\n"
-                 "Take it out; if it is left of what a base config has in the same place, add _delete_=True to the dict")
+
+
+def _build_error(error: Exception) -> Sequence[str]:
+    """What is wrong with a config and what to do, if OpenMMLab's code refuses to build something of it."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    builds = [frame for frame in frames if frame.f_code.co_name == 'build_from_cfg']
+    if not builds:
+        return ()
+    name, message = builds[-1].f_locals.get('obj_type'), ' '.join(str(error.args[0] if error.args else '').split())
+    name = getattr(name, '__name__', name)
+    call = re.search(r"\) got an unexpected keyword argument '(\w+)'", message)
+    if isinstance(error, TypeError) and call:
+        return (f'The config has a {name}, or something made of it, with {call[1]}=..., which that does not take',
+                'Take it out; if it is left of what a base config has in the same place, add _delete_=True to the dict')
+    if frames[-1].f_globals.get('__name__', '').partition('.')[0] not in ('mmengine', 'mmcv', 'mmdet', 'mmpretrain'):
+        return ()
+    if isinstance(error, KeyError) and 'is not in the' in message:
+        registry = builds[-1].f_locals['registry']
+        known = {key for node in (registry, registry.parent) if node is not None for key in node.module_dict}
+        close = difflib.get_close_matches(str(name).rpartition('.')[2], sorted(known))
+        return (f'The config has a {name}, which is not registered among the {registry.name}s of {registry.scope}',
+                f'The closest ones are {", ".join(close)}. ' * bool(close)
+                + 'A class of your own is registered by custom_imports')
+    line = traceback.extract_tb(error.__traceback__)[-1].line
+    return f'The {name} of the config cannot be built: {message or line}', 'Correct it in the config, or what it reads'
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -172,7 +197,11 @@ def check_data(cfg: Config, splits: List[str], keep: bool = False) -> None:
             root = dataset.get('data_root') or ''
             prefix = dataset.get('data_prefix') or ''
             images = prefix if isinstance(prefix, str) else prefix.get('img') or prefix.get('img_path', '')
-            for path in (dataset.get('ann_file'), images):
+            if isinstance(dataset.get('ann_file'), (list, tuple)):
+                raise SetupError(f'The {split} data set has several files for ann_file, and reads one',
+                                 "Give each a data set of its own: dataset=dict(type='ConcatDataset', datasets=[...])")
+            sub_root = '' if isinstance(prefix, str) else prefix.get('sub_data_root')
+            for path in (dataset.get('ann_file'), images, sub_root):
                 path = path and osp.join(root, path)
                 if path and '://' not in path and not osp.exists(path):
                     raise SetupError(
@@ -183,18 +212,26 @@ def check_data(cfg: Config, splits: List[str], keep: bool = False) -> None:
                 classes_of(split, dataset, cls)
             if cls is not None and reads_coco(cls) and '://' not in osp.join(root, dataset.get('ann_file') or ''):
                 check_coco(split, dataset, keep)
+            if cls is not None and reads_voc(cls) and '://' not in root and not dataset.get('backend_args'):
+                check_voc(split, dataset)
             if dataset['type'] == 'CustomDataset' and dataset.get('ann_file') and classes and '://' not in root:
                 _check_samples(osp.join(root, dataset['ann_file']), osp.join(root, images), classes)
         _check_evaluators(cfg, split)
 
 
 def _check_evaluators(cfg: Config, split: str) -> None:
-    """Check that the annotation files of a split's evaluators are there."""
+    """Check that the files of a split's evaluators are there, and hold what these evaluate with."""
     for key, evaluator in dicts(cfg.get(f'{split}_evaluator'), f'{split}_evaluator'):
-        path = evaluator.get('ann_file')
-        if isinstance(path, str) and '://' not in path and not osp.isfile(path):
-            raise SetupError(f'The annotation file of the {split} evaluator is missing: {path}',
-                             f'Give it that of its data set: --cfg-options {key}.ann_file=FILE')
+        for option, what in (('ann_file', 'annotation file'), ('seg_prefix', 'folder of segments')):
+            path = evaluator.get(option)
+            if isinstance(path, str) and '://' not in path and not osp.exists(path):
+                raise SetupError(f'The {what} of the {split} evaluator is missing: {path}',
+                                 f'Give it that of its data set: --cfg-options {key}.{option}=PATH')
+        kind = re.sub(r"\W+$", '', str(evaluator.get('type')))
+        if kind.endswith(('CocoMetric', 'CocoPanopticMetric', 'LVISMetric')) and osp.isfile(evaluator.get('ann_file') or ''):
+            with coco.without_garbage_collection():
+                coco.check_lists(evaluator['ann_file'], coco.read_json(evaluator['ann_file']),
+                                 ['images', 'categories'] + ['annotations'] * (not evaluator.get('format_only')))
 
 
 def _check_samples(split_file: str, folder: str, classes: int) -> None:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..core.errors import SetupError
 from . import annotations as coco
-from .datasets import listed, parts_of
+from .datasets import listed, parts_of, steps_of
 from .evaluators import check_evaluator
 from .heads import check_heads, check_masks_of_heads
 from .images import check_images
@@ -30,7 +30,7 @@ class DataChecks(Hook):
         check_masks_of_heads(runner.train_dataloader.dataset, runner.model)
         if runner.val_loop is not None:
             self._check_evaluation(runner, 'val', runner.val_dataloader, runner.val_evaluator)
-            check_same_classes(runner.train_dataloader.dataset, runner.val_dataloader.dataset)
+            check_same_classes(train=runner.train_dataloader.dataset, val=runner.val_dataloader.dataset)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: Dict[str, Any]) -> None:
         loops = [loop for loop in (runner._train_loop, runner._val_loop, runner._test_loop) if isinstance(loop, BaseLoop)]
@@ -61,11 +61,12 @@ def check_dataset(split: str, dataloader: DataLoader, model: nn.Module, cfg: Opt
         cfg: The config of the model, to say what to change in it.
 
     Raises:
-        SetupError: If annotations lack classes, or heads have another number; or, but for testing, if nothing is left of
-            the annotations.
+        SetupError: If annotations lack classes, or are of different ones, or heads have another number; or, but for
+            testing, if nothing is left of the annotations.
     """
     dataset = dataloader.dataset
     check_categories(dataset)
+    check_same_classes(**{split: dataset})
     check_heads(model, dataset, cfg)
     if split != 'test':
         check_instances(split, dataset)
@@ -102,13 +103,17 @@ def check_instances(split: str, dataset: Dataset) -> None:
             'Give annotations of the classes, in pixels of their image; or check classes and filter_cfg of the data set')
 
 
-def check_same_classes(train: Dataset, val: Dataset) -> None:
-    """Raise a SetupError if one trains on other classes than one validates on, or in another order."""
-    ours, theirs = (next(parts_of(dataset)).metainfo.get('classes') for dataset in (train, val))
-    if ours and theirs and tuple(ours) != tuple(theirs):
-        raise SetupError(
-            f'The train data set has the classes {listed(ours)}, the val data set {listed(theirs)}',
-            'Give all data sets the same metainfo=dict(classes=...), in the same order')
+def check_same_classes(**datasets: Dataset) -> None:
+    """Raise a SetupError if data sets with annotations, by their split, do not have the same classes in the same order."""
+    labelled = [(split, part.metainfo['classes']) for split, dataset in datasets.items() for part in parts_of(dataset)
+                if part.metainfo.get('classes') and not any('LoadEmpty' in type(step).__name__ for step in steps_of(part))]
+    for split, theirs in labelled[1:]:
+        first, ours = labelled[0]
+        if tuple(ours) != tuple(theirs):
+            other = f'another {split}' if split == first else f'the {split}'
+            raise SetupError(
+                f'The {first} data set has the classes {listed(ours)}, {other} data set {listed(theirs)}',
+                'Give all data sets the same metainfo=dict(classes=...), in the same order')
 
 
 def _is_usable(instance: Dict[str, Any], info: Dict[str, Any]) -> bool:

@@ -1,5 +1,4 @@
 """Checks of the files of a data set by its config, before anything is built."""
-import inspect
 import os.path as osp
 from typing import Any, Dict, Optional
 
@@ -7,7 +6,7 @@ from mmdet.datasets import CocoPanopticDataset, LVISV05Dataset, LVISV1Dataset, O
 
 from ..core.errors import SetupError
 from . import annotations as coco
-from .datasets import category_names, classes_of, dataset_class
+from .datasets import category_names, classes_of, dataset_class, is_step
 from .images import check_files, check_sizes
 
 PARSED: Dict[str, Dict[str, Any]] = {}
@@ -35,7 +34,7 @@ def check_coco(split: str, dataset: Dict[str, Any], keep: bool = False) -> None:
     path = osp.join(root, dataset['ann_file'])
     content = coco.read_json(path)
     pipeline = [step for step in dataset.get('pipeline') or () if isinstance(step, dict)]
-    unlabelled = split == 'test' or any(_is(step, 'LoadEmptyAnnotations') for step in pipeline)
+    unlabelled = split == 'test' or any(is_step(step, 'LoadEmptyAnnotations') for step in pipeline)
     given = isinstance(content, dict) and content.get('annotations') or not unlabelled
     coco.check_lists(path, content, ['images', 'categories'] + ['annotations'] * bool(given))
     images, categories = content['images'], content['categories']
@@ -53,7 +52,7 @@ def check_coco(split: str, dataset: Dict[str, Any], keep: bool = False) -> None:
             annotated['annotations'] = coco.segments(path, content['annotations'])
         boxes = coco.check_annotations(path, annotated, classes, cls.ANN_ID_UNIQUE)
         masks = not issubclass(cls, CocoPanopticDataset) and any(
-            _is(step, 'LoadAnnotations') and step.get('with_mask') for step in pipeline)
+            is_step(step, 'LoadAnnotations') and step.get('with_mask') for step in pipeline)
         if masks:
             kept = coco.usable(boxes)['kept']
             coco.check_masks(path, [a for a, keeps in zip(boxes.entries, kept) if keeps])
@@ -66,8 +65,10 @@ def check_coco(split: str, dataset: Dict[str, Any], keep: bool = False) -> None:
     by_file_name = not issubclass(cls, (LVISV05Dataset, Objects365V2Dataset))
     if by_file_name and not dataset.get('backend_args') and '://' not in root:
         folder = osp.join(root, (dataset.get('data_prefix') or {}).get('img') or '')
-        check_files(path, folder, [image['file_name'] for image in images])
-        loaders = [step for step in pipeline if _is(step, 'LoadImageFromFile')]
+        check_files(path, folder, [image['file_name'] for image in images], 'images',
+                    'Put them there, say where they are with data_prefix=dict(img=FOLDER), or take them out of the '
+                    'annotations')
+        loaders = [step for step in pipeline if is_step(step, 'LoadImageFromFile')]
         if loaders:
             check_sizes(folder, images, loaders[0])
     if keep:
@@ -87,9 +88,3 @@ class _ReadBefore:
             with coco.without_garbage_collection():
                 self.createIndex()
             self.img_ann_map, self.cat_img_map = self.imgToAnns, self.catToImgs
-
-
-def _is(step: Dict[str, Any], name: str) -> bool:
-    """Whether a step of a pipeline's config is of that class."""
-    kind = step.get('type')
-    return (kind.__name__ if inspect.isclass(kind) else str(kind).rpartition('.')[2]) == name

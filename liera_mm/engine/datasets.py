@@ -3,7 +3,7 @@ import inspect
 import os.path as osp
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Type
 
-from mmdet.datasets import CocoDataset
+from mmdet.datasets import CocoDataset, XMLDataset
 from mmdet.registry import DATASETS
 from mmengine.dataset import BaseDataset
 from torch.utils.data import Dataset
@@ -30,6 +30,18 @@ def dataset_class(dataset: Dict[str, Any]) -> Optional[Type[Dataset]]:
 def reads_coco(cls: Type[Dataset]) -> bool:
     """Whether a data set reads annotations in COCO's format in a way that is known here: one of MMDetection's, or heir."""
     return issubclass(cls, CocoDataset) and cls.load_data_list.__module__.startswith('mmdet.')
+
+
+def reads_voc(cls: Type[Dataset]) -> bool:
+    """Whether a data set reads annotations in Pascal VOC's layout as MMDetection does."""
+    return issubclass(cls, XMLDataset) and all(getattr(cls, name) is getattr(XMLDataset, name) for name in (
+        'load_data_list', 'parse_data_info', '_parse_instance_info'))
+
+
+def is_step(step: Any, name: str) -> bool:
+    """Whether a step of a pipeline's config is of the class of that name."""
+    kind = step.get('type') if isinstance(step, dict) else None
+    return (kind.__name__ if inspect.isclass(kind) else str(kind).rpartition('.')[2]) == name
 
 
 def classes_of(split: str, dataset: Dict[str, Any], cls: Type[BaseDataset]) -> Sequence[str]:

@@ -1,9 +1,10 @@
 """Checks of evaluators: that they are of the images of their data set."""
 import os.path as osp
+from collections import Counter
 from typing import Any, Dict, Optional, Sequence
 
 import numpy as np
-from mmdet.datasets import BaseDetDataset
+from mmdet.datasets import BaseDetDataset, ConcatDataset
 from mmengine.evaluator import BaseMetric, Evaluator
 from torch import nn
 from torch.utils.data import Dataset
@@ -25,8 +26,11 @@ def check_evaluator(split: str, dataset: Dataset, evaluator: Evaluator, model: n
     metrics = list(getattr(evaluator, 'metrics', ()))
     settings = cfg.get('metrics', cfg) if isinstance(cfg, dict) else cfg
     settings = settings if isinstance(settings, (list, tuple)) else [settings]
+    several = isinstance(evaluator, MultiDatasetsEvaluator)
+    if several:
+        _check_counts(split, dataset, evaluator)
     for index, metric in enumerate(metrics):
-        its_parts = parts[index:index + 1] if isinstance(evaluator, MultiDatasetsEvaluator) else parts
+        its_parts = [*parts_of(dataset.datasets[index])] if several else parts
         its_cfg = settings[index] if index < len(settings) and isinstance(settings[index], dict) else {}
         if not all(isinstance(part, BaseDetDataset) for part in its_parts):
             continue
@@ -37,6 +41,18 @@ def check_evaluator(split: str, dataset: Dataset, evaluator: Evaluator, model: n
             _check_coco_metric(split, metric, its_cfg.get('ann_file'), its_parts, model)
 
 
+def _check_counts(split: str, dataset: Dataset, evaluator: Evaluator) -> None:
+    """Raise a SetupError unless each of several data sets has a metric and a prefix; what is left over would be lost."""
+    if not isinstance(dataset, ConcatDataset):
+        raise SetupError(
+            f'The {split} evaluator is a MultiDatasetsEvaluator, and its data set a {type(dataset).__name__}',
+            "Give it a ConcatDataset; or take out type='MultiDatasetsEvaluator', for one data set")
+    counts = len(dataset.datasets), len(evaluator.metrics), len(evaluator.dataset_prefixes)
+    if len(set(counts)) > 1:
+        raise SetupError(f'The {split} evaluator is for {counts[0]} data sets, and has {counts[1]} metrics and {counts[2]} '
+                         'dataset_prefixes', 'Give each data set one metric and one prefix')
+
+
 def _check_coco_metric(split: str, metric: BaseMetric, ann_file: Optional[str], parts: Sequence[BaseDetDataset],
                        model: nn.Module) -> None:
     detector, segm = detector_of(model), 'segm' in metric.metrics
@@ -44,6 +60,13 @@ def _check_coco_metric(split: str, metric: BaseMetric, ann_file: Optional[str], 
             'mask' in name or 'panoptic' in name for name, _ in detector.named_modules()):
         raise SetupError(f"metric='segm' of the {split} evaluator asks for masks, and the model predicts none",
                          f"Take it out: {split}_evaluator.metric='bbox'")
+    infos = [part.get_data_info(index) for part in parts for index in range(len(part))]
+    ids = Counter(info['img_id'] for info in infos)
+    if len(ids) < len(infos):
+        raise SetupError(
+            f'Several images of the {split} data sets have the same id, such as {ids.most_common(1)[0][0]!r}: all but one '
+            'of them would be lost', 'Give each data set a metric of its own: '
+            f"{split}_evaluator=dict(type='MultiDatasetsEvaluator', metrics=[...], dataset_prefixes=[...])")
     if metric._coco_api is None:
         packs = [step.meta_keys for step in steps_of(parts[0]) if hasattr(step, 'meta_keys')]
         if packs and 'instances' not in packs[-1]:
@@ -54,7 +77,6 @@ def _check_coco_metric(split: str, metric: BaseMetric, ann_file: Optional[str], 
     path = ann_file or f'The annotation file of the {split} evaluator'
     api = metric._coco_api
     remedy = f'Give it the annotations of its data set: --cfg-options {split}_evaluator.ann_file={parts[0].ann_file}'
-    infos = [part.get_data_info(index) for part in parts for index in range(len(part))]
     lacking = [info for info in infos if info['img_id'] not in api.imgs]
     if lacking:
         raise SetupError(f'{path}, of the evaluator, is of other images: it lacks {len(lacking)} of the {len(infos)} of the '

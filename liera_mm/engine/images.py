@@ -2,7 +2,7 @@
 import functools
 import os
 import os.path as osp
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
 from mmcv.transforms import LoadImageFromFile
 from PIL import Image
@@ -14,17 +14,16 @@ from .datasets import parts_of, some_of
 ORIENTATION = 0x0112  # the tag in EXIF
 
 
-def check_files(ann_file: str, folder: str, names: List[str]) -> None:
-    """Raise a SetupError if images of an annotation file are not in their folder."""
+def check_files(ann_file: str, folder: str, names: Sequence[str], what: str, remedy: str) -> None:
+    """Raise a SetupError if files that an annotation file names, such as images, are not in their folder."""
     if '://' in folder:
         return
     listing = functools.cache(lambda path: set(os.listdir(path)) if osp.isdir(path) else set())
     missing = [name for name in names
                if osp.basename(name) not in listing(osp.dirname(osp.join(folder, name)))]
     if missing:
-        raise SetupError(
-            f'{len(missing)} of {len(names)} images of {ann_file} are missing, the first is {osp.join(folder, missing[0])}',
-            'Put them there, say where they are with data_prefix=dict(img=FOLDER), or take them out of the annotations')
+        raise SetupError(f'{len(missing)} of {len(names)} {what} of {ann_file} are missing, the first is '
+                         f'{osp.join(folder, missing[0])}', remedy)
 
 
 def check_sizes(folder: str, images: Sequence[Dict[str, Any]], loader: Dict[str, Any]) -> None:

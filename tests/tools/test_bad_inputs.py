@@ -310,6 +310,14 @@ BAD_INPUTS = {
             f'test_evaluator.ann_file={run.data}/annotations/instances_train2017.json')), 'is of other images'),
     'evaluator without its file': (options(**{'val_evaluator.ann_file': 'nowhere.json'}), 'missing: nowhere.json'),
     'evaluator without annotations': (options(**{'val_evaluator.ann_file': None}), 'has no ann_file'),
+    'evaluator with a file that is none of annotations': (
+        lambda run: run.options.append(f'val_evaluator.ann_file={run.data}/train2017/000000000001.jpg'), 'no JSON file'),
+    'LVIS without its package': (options(**{'val_evaluator.type': 'LVISMetric'}), 'Package lvis is not installed'),
+    'a metric that is none': (options(**{'val_evaluator.metric': 'mAP'}), "metric should be one of 'bbox', 'segm'"),
+    'a misspelt type': (options(**{'val_evaluator.type': 'CocoMetrics'}), 'has a CocoMetrics, which is not registered'),
+    'a misspelt type in the model': (options(**{'model.neck.type': 'FPM'}), 'has a FPM, which is not registered'),
+    'a misspelt step': (options(**{'train_dataloader.dataset.pipeline.2.type': 'Resise'}), 'has a Resise, which'),
+    'a misspelt data set': (options(**{'train_dataloader.dataset.type': 'CocoDatset'}), 'has a CocoDatset, which'),
     'weights without the prefix': (
         options(**{'model.backbone.init_cfg.prefix': 'backbon.'}), 'backbone., neck., roi_head., rpn_head.'),
     'weights of the neck without the prefix': (

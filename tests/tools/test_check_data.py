@@ -198,8 +198,8 @@ def test_without_data_to_test_on(check, data):
     (lambda folder, contents: (folder / 'val/val7.png').write_bytes(b'no image'), 'val7.png cannot be read as an image'),
     (lambda folder, contents: (folder / 'val/val7.png').unlink(), '1 of 24 images'),
     (lambda folder, contents: (folder / 'config.py').write_text((folder / 'config.py').read_text().replace(
-        "'CocoDataset'", "'VOCDataset'")), 'The train data set is a VOCDataset, not a CocoDataset'),
-], ids=['no boxes', 'damaged image', 'missing image', 'VOC'])
+        "'CocoDataset'", "'WIDERFaceDataset'")), 'The train data set is a WIDERFaceDataset, not a CocoDataset'),
+], ids=['no boxes', 'damaged image', 'missing image', 'other annotations'])
 def test_what_it_refuses(check, data, change, problem):
     change(data[0], data[1])
     with pytest.raises(SetupError) as error:

@@ -1,0 +1,96 @@
+"""Evaluators that are not for the data sets that they are given."""
+import json
+
+import pytest
+from mmengine.config import Config
+from mmengine.evaluator import Evaluator
+from mmengine.registry import DATASETS, EVALUATOR, DefaultScope
+from torch import nn
+
+from liera_mm.core.errors import SetupError
+from liera_mm.engine.cli import check_data
+from liera_mm.engine.data import check_same_classes
+from liera_mm.engine.evaluators import check_evaluator
+
+CLASSES = tuple('0123456789')
+FILE = 'annotations/instances_{}2017.json'
+
+
+def coco(root, split='val', classes=CLASSES, **pipeline):
+    return dict(
+        type='CocoDataset', data_root=f'{root}/', ann_file=FILE.format(split), data_prefix=dict(img=f'{split}2017/'),
+        metainfo=dict(classes=classes), test_mode=True, pipeline=[
+            dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True),
+            dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'instances'))])
+
+
+def concat(*datasets):
+    return dict(type='ConcatDataset', datasets=list(datasets))
+
+
+def metric(root, split='val', **settings):
+    return dict(type='CocoMetric', ann_file=f'{root}/{FILE.format(split)}', metric='bbox', **settings)
+
+
+def several(*metrics, prefixes=('a', 'b')):
+    return dict(type='MultiDatasetsEvaluator', metrics=list(metrics), dataset_prefixes=prefixes)
+
+
+def check(dataset, cfg):
+    """As a Runner builds them."""
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        built = DATASETS.build(dataset)
+        check_same_classes(val=built)
+        evaluator = EVALUATOR.build(cfg) if isinstance(cfg, dict) and 'metrics' in cfg else Evaluator(cfg)
+        check_evaluator('val', built, evaluator, nn.Identity(), cfg)
+
+
+def test_several_data_sets(digits):
+    """Each with its metric, in whichever order they are nested; of another's images nothing would be found."""
+    both = concat(coco(digits), coco(digits, 'train'))
+    right = several(metric(digits), metric(digits, 'train'))
+    check(both, right)
+    check(both, several(dict(type='CocoMetric'), metric(digits, 'train')))
+    check(coco(digits), [metric(digits), dict(type='VOCMetric')])
+    check(concat(concat(coco(digits)), dict(type='RepeatDataset', times=1, dataset=coco(digits, 'train'))), right)
+    for dataset, cfg, problem in (
+            (both, several(metric(digits, 'train'), metric(digits)), 'train2017.json, of the evaluator, is of other images'),
+            (both, several(metric(digits)), 'is for 2 data sets, and has 1 metrics and 2 dataset_prefixes'),
+            (both, several(*right['metrics'], prefixes=('a', )), 'and has 2 metrics and 1 dataset_prefixes'),
+            (coco(digits), right, 'a MultiDatasetsEvaluator, and its data set a CocoDataset'),
+            (both, metric(digits), 'Several images of the val data sets have the same id, such as 1'),
+            (both, dict(type='CocoMetric'), 'Several images of the val data sets have the same id, such as 1'),
+            (coco(digits), [metric(digits), metric(digits, 'train', prefix='b')], 'train2017.json, of the evaluator'),
+            (concat(coco(digits), coco(digits, classes=CLASSES[:3])), right, 'classes 0, .*, another val data set 0, 1, 2')):
+        with pytest.raises(SetupError, match=problem):
+            check(dataset, cfg)
+
+
+@pytest.mark.parametrize('content, problem', [
+    ('[]', 'no list of images, categories, annotations'),
+    ('{"images": [', 'no JSON file'),
+    (json.dumps(dict(images=[], annotations=[])), 'no list of categories'),
+    (json.dumps(dict(images=[], categories=[])), 'no list of annotations'),
+    (None, 'The annotation file of the val evaluator is missing: .*/file.json'),
+])
+def test_files_of_evaluators(tmp_path, content, problem):
+    """Wherever in the config they are."""
+    path = tmp_path / 'file.json'
+    if content is not None:
+        path.write_text(content)
+    wrong = dict(type='CocoMetric', ann_file=str(path))
+    for evaluator in (wrong, [dict(type='VOCMetric'), wrong], several(wrong, dict(wrong, format_only=False))):
+        with pytest.raises(SetupError, match=problem):
+            check_data(Config(dict(val_evaluator=evaluator)), ['val'])
+
+
+def test_segments_of_evaluators(tmp_path):
+    evaluator = dict(type='CocoPanopticMetric', seg_prefix=str(tmp_path / 'panoptic_val2017/'))
+    with pytest.raises(SetupError, match='The folder of segments of the val evaluator is missing: .*panoptic_val2017'):
+        check_data(Config(dict(val_evaluator=evaluator)), ['val'])
+
+
+def test_several_files_of_one_data_set():
+    dataset = dict(type='CocoDataset', ann_file=['a.json', 'b.json'])
+    with pytest.raises(SetupError, match='several files for ann_file(.|\n)*ConcatDataset'):
+        check_data(Config(dict(train_dataloader=dict(dataset=dataset))), ['train'])
