@@ -44,12 +44,15 @@ def install() -> None:
     - mmdet's optional text encoders are left out where transformers cannot be imported for torch is too old for it.
     - mmdet 3.3 and mmsegmentation 1.2 take any mmcv 2, not only those below 2.2.
     - mmdet's PointAssigner, that of RepPoints, works on a GPU, where it indexes a tensor on the host.
+    - Configs of mmsegmentation are found under ``mmseg::`` where it is installed as onedl-mmsegmentation.
     - If mmcv was imported first and goes on without its operators, it gets the one that mmdet asks it for.
     """
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
     if 'mmpretrain.utils.dependency' in sys.modules:
         _without_multimodal(sys.modules['mmpretrain.utils.dependency'])
+    if 'mmengine.config.utils' in sys.modules:
+        _with_renamed_mmsegmentation(sys.modules['mmengine.config.utils'])
     transformer = sys.modules.get('mmcv.cnn.bricks.transformer')
     if transformer and not hasattr(transformer, 'MultiScaleDeformableAttention'):
         from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttention
@@ -105,9 +108,19 @@ def _with_points_on_their_device(module, run: Callable) -> None:
     module.PointAssigner.assign = assign_on_device
 
 
+def _with_renamed_mmsegmentation(module, run: Callable = lambda module: None) -> None:
+    run(module)
+    try:
+        metadata.version('mmsegmentation')
+    except metadata.PackageNotFoundError:
+        if find_spec('mmseg'):
+            module.MODULE2PACKAGE['mmseg'] = 'mmseg'
+
+
 class _Finder(MetaPathFinder):
     """Has some modules of other packages executed in the way that is given for them."""
     ways = {
+        'mmengine.config.utils': _with_renamed_mmsegmentation,
         'mmpretrain.utils.dependency': _without_multimodal,
         'transformers.modeling_utils': _or_import_error,
         'mmdet': _with_any_mmcv,

@@ -24,7 +24,8 @@ def LieRABackbone(backbone: Optional[Dict[str, Any]] = None, liera: Optional[Dic
     Args:
         backbone: Config of the backbone, of any OpenMMLab package (``type='mmpretrain.ConvNeXt'``).
         liera: Arguments of :func:`liera_mm.adapt`; None for a backbone that is frozen and nothing else.
-        **kwargs: ``init_cfg`` in the place of the backbone's, since scripts set it there (``model.backbone.init_cfg=None``).
+        **kwargs: ``init_cfg`` or ``pretrained`` in the place of the backbone's: scripts set the one there
+            (``model.backbone.init_cfg=None``), mmsegmentation's segmentors the other.
 
     Returns:
         The backbone itself, an instance of a subclass of its class.
@@ -32,7 +33,7 @@ def LieRABackbone(backbone: Optional[Dict[str, Any]] = None, liera: Optional[Dic
     Raises:
         SetupError: If there are other arguments, or adapt() refuses those in ``liera``.
     """
-    refuse_leftovers('LieRABackbone', [name for name in kwargs if name != 'init_cfg'])
+    refuse_leftovers('LieRABackbone', [name for name in kwargs if name not in ('init_cfg', 'pretrained')])
     if backbone is None:
         raise SetupError('LieRABackbone has no backbone to adapt', 'Give it as backbone=dict(type=..., ...)')
     model = _build({**backbone, **kwargs} if kwargs else backbone)
@@ -54,7 +55,7 @@ def _build(cfg: Dict[str, Any]) -> nn.Module:
     finally:
         torch.use_deterministic_algorithms(mode, warn_only=warn_only)
     for parameter in model.parameters():
-        if not parameter.is_meta and parameter.dim() > 1 and parameter.isnan().all():
+        if not (parameter.is_meta or is_lazy(parameter)) and parameter.dim() > 1 and parameter.isnan().all():
             nn.init.kaiming_uniform_(parameter, a=5**.5)  # as torch's layers are
     return model
 
@@ -83,10 +84,6 @@ def adapt_or_freeze(model: nn.Module, liera: Optional[Dict[str, Any]]) -> None:
     if liera is None:
         model.requires_grad_(False)
         return
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not (parameter.is_meta or is_lazy(parameter) or torch.isfinite(parameter).all()):
-                parameter.fill_(1.)  # memory never written to, as in TridentNet: its weights are still to come
     try:
         for name in liera:
             check_choice('setting', name, [*inspect.signature(adapt).parameters][1:])

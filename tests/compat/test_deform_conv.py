@@ -66,6 +66,23 @@ def test_without_modulation(kernel, stride, padding, dilation, groups, deform_gr
           (x, offset, weight), dtype)
 
 
+@pytest.mark.parametrize('device', DEVICES)
+def test_offsets_of_a_finer_level(device):
+    """DyHead's: the kernels count in the memory of an image as if it had the height and width of the output."""
+    geometry = (1, 1, 1, 1, 2)
+    x, _, _, weight, bias = inputs(device, (3, 3), *geometry)
+    offset = (4 * randn(2, 36, 14, 15, seed=1, device=device)).round() / 4 + 1 / 8
+    mask = randn(2, 18, 14, 15, seed=2, device=device)
+
+    def read(values):
+        memory = [image.reshape(-1)[:len(image) * 7 * 8] for image in values]
+        return torch.stack([image.reshape(-1, 7, 8) for image in memory])
+
+    check(lambda *args: modulated_deform_conv2d(*args, *geometry),
+          lambda x, offset, mask, *args: reference(x, read(offset), read(mask), *args, *geometry),
+          (x, offset, mask, weight, bias))
+
+
 @fallback_only
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('dtype', HALVES)

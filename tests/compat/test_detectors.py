@@ -16,6 +16,7 @@ DETECTORS = {  # what it needs of mmcv: its config
     'deform_conv': 'dcn/faster-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py',
     'modulated_deform_conv': 'dcnv2/faster-rcnn_r50-mdconv-c3-c5_fpn_1x_coco.py',
     'modulated_deform_conv in groups': 'dcnv2/faster-rcnn_r50-mdconv-group4-c3-c5_fpn_1x_coco.py',
+    'modulated_deform_conv at another level': 'dyhead/atss_r50_fpn_dyhead_1x_coco.py',
     'deform_conv in the head': 'reppoints/reppoints-moment_r50_fpn_1x_coco.py',
     'deform_conv of anchors': 'cascade_rpn/cascade-rpn_faster-rcnn_r50-caffe_fpn_1x_coco.py',
     'deform_conv of SAConv': 'detectors/cascade-rcnn_r50-sac_1x_coco.py',

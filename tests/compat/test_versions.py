@@ -118,6 +118,23 @@ def test_points_are_assigned_on_their_device(device):
     assert result.gt_inds.tolist() == [0] * 5 + [1] + [0] * 9 + [2]
 
 
+# mmsegmentation
+
+
+@pytest.mark.parametrize('first', ['compat.versions.install(); ', 'import mmengine.config; compat.versions.install(); '])
+def test_configs_of_a_renamed_mmsegmentation(first, tmp_path):
+    code = first + f'''
+from mmengine.config import Config
+assert Config.fromfile({str(tmp_path / "ours.py")!r}).seen == 3'''
+    (tmp_path / 'ours.py').write_text("_base_ = 'mmseg::fcn/theirs.py'")
+    assert 'mmsegmentation is not installed' in run_python(code, tmp_path).stderr
+    write_package(tmp_path, 'mmseg', '1.4.2')
+    (tmp_path / 'mmseg/.mim/configs/fcn').mkdir(parents=True)
+    (tmp_path / 'mmseg/.mim/configs/fcn/theirs.py').write_text('seen = 3')
+    (tmp_path / 'mmseg/.mim/model-index.yml').write_text('Import: []')
+    check_python(code, tmp_path)
+
+
 # transformers
 
 

@@ -260,18 +260,3 @@ def test_merge_and_unload_of_a_detector(perturb):
     liera_mm.load_adapter(model[0], liera_mm.adapter_state_dict(perturb(model)[0]), 'cats')
     assert_plain(liera_mm.merge_and_unload(model), nn.Sequential(build(CASES['convnext-v2'][2]),
                                                                  build(dict(type='DetDataPreprocessor'))))
-
-
-def test_weights_in_memory_that_was_never_written(monkeypatch):
-    """As those of TridentNet are until init_weights(): whatever lies there is no reason to refuse the backbone."""
-    build_convolution = nn.Conv2d.__init__
-
-    def unwritten(self, *args, **kwargs):
-        build_convolution(self, *args, **kwargs)
-        nn.init.constant_(self.weight, torch.nan)
-
-    monkeypatch.setattr(nn.Conv2d, '__init__', unwritten)
-    model = build(dict(type='LieRABackbone', backbone=RESNET, liera=LIERA))
-    model.init_weights()
-    assert list(adapted_layers(model))
-    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())

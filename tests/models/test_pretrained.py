@@ -372,6 +372,8 @@ def test_init_cfg_of_the_outer_config(tmp_path):
     around(inner, init_cfg=None).init_weights()
     with pytest.raises(FileNotFoundError):
         around(inner).init_weights()
+    with pytest.raises(FileNotFoundError, match='elsewhere'):  # as mmsegmentation's segmentors give it
+        around(RESNET, pretrained='elsewhere.pth').init_weights()
     with pytest.raises(RuntimeError, match='LieRABackbone has no depth, base_channels; .*\n.*_delete_=True'):
         around(inner, depth=18, base_channels=4)
 

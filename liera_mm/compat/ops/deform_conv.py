@@ -7,6 +7,7 @@ mmcv's buffers, and how many images it takes at a time, are not used.
 from typing import List, Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .precision import same_precision
@@ -55,7 +56,7 @@ def modulated_deform_conv_forward(input: Tensor, weight: Tensor, bias: Tensor, o
                                   stride_w: int, pad_h: int, pad_w: int, dilation_h: int, dilation_w: int, group: int,
                                   deformable_group: int, with_bias: bool) -> None:
     """Deformable convolution whose taps are multiplied by ``mask``: overwrites ``output``."""
-    _forward(output, input, weight, offset, mask, bias if with_bias else None,
+    _forward(output, input, weight, _as_read(offset, output), _as_read(mask, output), bias if with_bias else None,
              _geometry(stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w), group, deformable_group)
 
 
@@ -66,10 +67,24 @@ def modulated_deform_conv_backward(input: Tensor, weight: Tensor, bias: Tensor, 
                                    dilation_h: int, dilation_w: int, group: int, deformable_group: int,
                                    with_bias: bool) -> None:
     """Gradients of :func:`modulated_deform_conv_forward`: overwrites the five of them, that by the bias if there is one."""
-    grads = _backward(grad_output, input, weight, offset, mask, bias if with_bias else None,
+    grads = _backward(grad_output, input, weight, _as_read(offset, grad_output), _as_read(mask, grad_output),
+                      bias if with_bias else None,
                       _geometry(stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w), group, deformable_group)
     for target, grad in zip((grad_input, grad_weight, grad_offset, grad_mask, grad_bias), grads[:4 + with_bias]):
+        if target.shape != grad.shape:  # of what was read
+            grad = F.pad(grad.flatten(1), (0, target[0].numel() - grad[0].numel())).view_as(target)
         target.copy_(grad)
+
+
+def _as_read(tensor: Tensor, output: Tensor) -> Tensor:
+    """Offsets or mask of another height and width than the output, as mmcv's kernels read the memory of each image.
+
+    They take it for one of the output's size. DyHead's offsets are those of a finer level than its convolution's input.
+    """
+    size = output.shape[2:]
+    if tensor.shape[2:] == size:
+        return tensor
+    return tensor.flatten(1)[:, :tensor.shape[1] * size.numel()].view(*tensor.shape[:2], *size)
 
 
 Geometry = Tuple[int, int, int, int, int, int]
