@@ -6,8 +6,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -225,14 +223,3 @@ def test_missing_checkpoint(tmp_path):
     (tmp_path / 'epoch_12.pth').touch()
     assert str(tmp_path / 'epoch_12.pth') in problem_of(cli.check_checkpoint, str(tmp_path / 'epoch_13.pth'))[1]
     cli.check_checkpoint(str(tmp_path / 'epoch_12.pth'))
-
-
-# As seen in a terminal
-
-def test_two_lines_and_status_1():
-    path = 'configs/mask-rcnn_convnextv2-b_lier\u0430_r61.py'
-    result = subprocess.run([sys.executable, ROOT / 'tools/train.py', path], capture_output=True, text=True)
-    assert result.returncode == 1
-    *warnings, problem, remedy = result.stderr.splitlines()
-    assert all('DeprecationWarning' in line or line.startswith(' ') for line in warnings)  # of torch 2.5
-    assert problem == f'Config not found: {path}' and remedy.startswith('The closest ones are ')

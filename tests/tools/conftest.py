@@ -60,6 +60,14 @@ def tiny_digits(make_once, run_tool):
 
 
 @pytest.fixture(scope='session')
+def tiny_coco(make_once, run_tool):
+    """Folder of four images to train on and two to validate on, whose digits bear the names of COCO."""
+    return make_once('tiny_coco', lambda out: run_tool(
+        'dataset_converters/make_digits_coco.py', out, '--train', 4, '--val', 2, '--size', 64, '--workers', 1,
+        '--coco-names'))
+
+
+@pytest.fixture(scope='session')
 def tiny_options(tiny_digits):
     """Options that let tools/train.py and tools/test.py run a digits config on it in seconds."""
     return [

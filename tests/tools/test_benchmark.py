@@ -15,10 +15,8 @@ import benchmark
 SIZES = dict(peak_gib=5., trainable_m=6., checkpoint_mib=7.)
 
 
-def test_settings_are_measured_on_what_their_dataloaders_give(monkeypatch, run_tool, tmp_path):
+def test_settings_are_measured_on_what_their_dataloaders_give(monkeypatch, tiny_coco):
     """Two epochs of two batches each, after one that does not count."""
-    run_tool('dataset_converters/make_digits_coco.py', tmp_path, '--train', 4, '--val', 1, '--size', 64, '--workers', 1,
-             '--coco-names')
     steps = []
 
     def step(variant, data):
@@ -28,8 +26,9 @@ def test_settings_are_measured_on_what_their_dataloaders_give(monkeypatch, run_t
     monkeypatch.setattr(BaseModel, 'cuda', lambda self: self)
     monkeypatch.setattr('benchmark_variants.build_optim_wrapper', lambda model, cfg: None)
     monkeypatch.setattr(benchmark.Variant, 'step', step)
+    monkeypatch.setitem(benchmark.SETTINGS['workers end']['options'], 'train_dataloader.num_workers', 2)
     names = ['2 workers', 'workers end']
-    rows = benchmark.measure_settings(names, str(tmp_path), 'atto', 2, images=2, rounds=2)
+    rows = benchmark.measure_settings(names, str(tiny_coco), 'atto', 2, images=2, rounds=2)
     assert [row['variant'] for row in rows] == names
     assert all(row['ms'] == 2 * len(benchmark.PARTS) and row['wait'] > 0 for row in rows)
     assert rows[1]['first'] > rows[0]['first'] > 0

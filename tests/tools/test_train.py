@@ -112,15 +112,13 @@ def test_resume(trained, run_tool, tiny_options, tmp_path):
     assert not torch.equal(first['state_dict'][name], second['state_dict'][name])
 
 
-def test_coco_config_at_a_small_size(run_tool, tmp_path):
+def test_coco_config_at_a_small_size(run_tool, tiny_coco, tmp_path):
     """The config of the paper, asked for with a Cyrillic letter in its name, on digits that bear the names of COCO."""
-    run_tool('dataset_converters/make_digits_coco.py', tmp_path / 'coco', '--train', 4, '--val', 2, '--size', 64,
-             '--workers', 1, '--coco-names')
     backbone = MODELS.build(dict(type='mmpretrain.ConvNeXt', arch='atto', layer_scale_init_value=0., use_grn=True))
     torch.save({f'backbone.{name}': tensor for name, tensor in backbone.state_dict().items()}, tmp_path / 'base.pth')
     printed = run_tool(
         'train.py', LOOKALIKE, '--work-dir', tmp_path / 'work_dir', '--cfg-options',
-        f'data_root={tmp_path / "coco"}', f'model.backbone.init_cfg.checkpoint={tmp_path / "base.pth"}',
+        f'data_root={tiny_coco}', f'model.backbone.init_cfg.checkpoint={tmp_path / "base.pth"}',
         'model.backbone.arch=atto', 'model.neck.in_channels=[40,80,160,320]',
         'model.roi_head.bbox_head.fc_out_channels=16', 'model.train_cfg.rcnn.sampler.num=16',
         'model.train_cfg.rpn_proposal.max_per_img=50', 'optim_wrapper.type=OptimWrapper',
