@@ -3,9 +3,10 @@ import pkgutil
 import re
 from pathlib import Path
 
+import mmengine.registry
 import pytest
 
-import liera_mm  # noqa: F401  what the names below begin with
+import liera_mm
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob('*.md'), *(ROOT / 'docs').rglob('*.md')]
@@ -61,3 +62,12 @@ def test_pages_have_a_place_on_the_site():
     site = (ROOT / 'mkdocs.yml').read_text()
     for page in (ROOT / 'docs').rglob('*.md'):
         assert f' - {page.relative_to(ROOT / "docs").as_posix()}\n' in site, page
+
+
+def test_the_api_has_what_is_public_or_registered():
+    described = {line.split('.')[-1] for page in (ROOT / 'docs/api').glob('*.md') for line in page.read_text().splitlines()
+                 if line.startswith('::: ')}
+    registries = [value for value in vars(mmengine.registry).values() if isinstance(value, mmengine.registry.Registry)]
+    registered = {name for registry in registries for name, cls in registry.module_dict.items()
+                  if cls.__module__.startswith('liera_mm.')}
+    assert len(registered) > 5 and registered | {*liera_mm.__all__} - {'__version__'} <= described
