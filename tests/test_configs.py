@@ -36,6 +36,10 @@ COCO_CONFIGS = {
     'pissa-liera_r16': (RANK_16, 'taylor', 'pissa'),
     'milora_r16': (RANK_16, 'additive', 'milora'),
     'milora-liera_r16': (RANK_16, 'taylor', 'milora'),
+    'tucker_r16': (3_246_597, 'additive', 'tucker'),
+    'tucker-liera_r16': (3_246_597, 'taylor', 'tucker'),
+    'atom_r16': (28_528, 'additive', 'atom'),
+    'atom-liera_r16': (28_528, 'taylor', 'atom'),
     'dora_r16': (RANK_16 + OUTPUT_CHANNELS, 'additive', 'dora'),
     'dora-liera_r16': (RANK_16 + OUTPUT_CHANNELS, 'taylor', 'dora'),
     'l_liera_r16': (25_892_160, 'taylor', 'lora'),
@@ -109,6 +113,8 @@ def test_trainable_parameters_of_the_paper(build, name, linear):
     cfg.model.backbone.linear_pw_conv = linear
     backbone = build(cfg).backbone
     expected, update, method = COCO_CONFIGS[variant(name)]
+    if method == 'tucker' and not linear:
+        expected += 2 * 72  # two factors of 1 x 1 for every 1 x 1 kernel
     assert trainable(backbone) == expected
     rows = liera_mm.summary(backbone)
     adapters = sum(row.trainable for row in rows)
@@ -117,7 +123,7 @@ def test_trainable_parameters_of_the_paper(build, name, linear):
     assert sum(p.numel() for p in backbone.parameters()) - adapters == BACKBONES[size]
     assert {row.update for row in rows} == {update} - {None}
     assert {row.method for row in rows if row.kind == 'depthwise'} == {method} - {None}
-    assert len(rows) == (4 + 3 * 36 if update else 0)
+    assert len(rows) == (4 + (1 if method == 'atom' else 3) * 36 if update else 0)
 
 
 @pytest.mark.parametrize('name', COCO + DIGITS)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 from benchmark_kernels import ceilings, floors, kernels, operators, waits
-from benchmark_variants import ALL, CONFIG, PARTS, SETTINGS, VARIANTS, Variant, batch, build
+from benchmark_variants import ALL, CONFIG, PARAMETERISATIONS, PARTS, SETTINGS, VARIANTS, Variant, batch, build
 
 import liera_mm
 from liera_mm.engine.cli import check_data, exit_clearly, load_config
@@ -152,7 +152,8 @@ def draw_losses(losses: Dict[str, List[float]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--variants', nargs='+', choices=list(ALL), metavar='NAME',
-                        help=f'default: {", ".join(VARIANTS)}; of --settings: {", ".join(SETTINGS)}')
+                        help=f'default: {", ".join(VARIANTS)}; of --settings: {", ".join(SETTINGS)}; also: '
+                        f'{", ".join(PARAMETERISATIONS)}')
     parser.add_argument('--arch', default='base', choices=list(LieRAConvNeXt.arch_settings), metavar='NAME')
     parser.add_argument('--rank', type=int, default=16)
     parser.add_argument('--images', type=int, default=4, help='images a batch')

@@ -19,6 +19,7 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
+from liera_mm.core.algebra import METHODS
 from liera_mm.core.factors import factor_shapes
 from liera_mm.core.targets import layer_kind
 from liera_mm.engine.watches import LossWatch
@@ -137,7 +138,9 @@ SETTINGS: Dict[str, Dict[str, Any]] = {
     'device heads, graphs': dict(update='taylor', options=DEVICE_HEADS, graphs=['backbone', 'neck']),
     'device heads, graphs of rpn': dict(update='taylor', options=DEVICE_HEADS, graphs=['backbone', 'neck', 'rpn_head']),
 }
-ALL = {**VARIANTS, **SETTINGS}
+# Every parameterisation of Δ
+PARAMETERISATIONS: Dict[str, Dict[str, Any]] = {method: dict(update='taylor', method=method) for method in METHODS}
+ALL = {**VARIANTS, **SETTINGS, **PARAMETERISATIONS}
 
 
 class Variant:
@@ -228,8 +231,8 @@ def build(name: str, arch: str, rank: int, **options: Any) -> Tuple[Config, nn.M
     """Our config for COCO as a variant has it, with other options, and its detector on the card, with an optimizer."""
     setting = ALL[name]
     cfg = load_config(str(CONFIG), {**setting.get('options', {}), **options})
-    scale = setting.get('scale', 'relative')
-    liera = dict(rank=rank, alpha=2 * rank, update=setting['update'], scale=scale) if 'update' in setting else None
+    liera = {key: setting[key] for key in ('update', 'scale', 'method') if key in setting}
+    liera = dict(liera, rank=rank, alpha=2 * rank) if liera else None
     cfg.model.backbone.update(
         arch=arch, init_cfg=None, liera=liera, **{key: setting[key] for key in ('fast', 'with_cp') if key in setting})
     cfg.model.neck.in_channels = LieRAConvNeXt.arch_settings[arch]['channels']

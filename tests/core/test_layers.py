@@ -1,8 +1,8 @@
 """One matrix of promises: every kind of layer x every method x every update x every scale keeps each of them.
 
 A new kind of layer is a line in ``KINDS``. A new method or update joins by itself; the formula that it has to match
-goes into ``DELTAS`` or ``MOVES``. One kind of layer of each form of weight meets every setting, the others enough of them
-to meet every method and every update: what Δ is depends on the form of the weight alone.
+goes into ``DELTAS`` or ``MOVES``. What Δ is depends on the form of the weight alone: one kind of layer of each form meets
+every setting, the others meet every update, and every pair of method and update between them.
 """
 import copy
 import io
@@ -144,6 +144,7 @@ DELTAS = {
 }
 # Under additive both scales are the same: test_adapt.py
 SETTINGS = [(m, u, s) for m in METHODS for u in UPDATES for s in SCALES if (u, s) != ('additive', 'relative')]
+# Each method and each update
 FEW_SETTINGS = [(m, u, SCALES[u == 'additive']) for m, u in itertools.zip_longest(METHODS, UPDATES, fillvalue='taylor')]
 FORMS = ['linear', 'conv2d', 'conv3d', 'depthwise7x7', 'transpose2d']
 NOT_SPATIAL = ['linear', 'linear_no_bias', 'pointwise', 'mmcv_linear', 'gpt2_conv1d']
@@ -208,15 +209,35 @@ def train(layer):
     return layer
 
 
-def all_cases(*kinds):
-    return pytest.mark.parametrize(
-        ('kind', 'method', 'update', 'scale'),
-        [pytest.param(k, *setting, id='-'.join([k, *setting])) for k in kinds or KINDS
-         for setting in (SETTINGS if k in FORMS else FEW_SETTINGS) if applies(k, setting[0])])
-
-
 def applies(kind, method):
     return not method.startswith('atom') or kind not in NOT_SPATIAL
+
+
+def settings_of(kind):
+    if kind in FORMS:
+        return [setting for setting in SETTINGS if applies(kind, setting[0])]
+    methods, number = [method for method in METHODS if applies(kind, method)], list(KINDS).index(kind)
+    return [(methods[(3 * number + i) % len(methods)], update, SCALES[update == 'additive' or number // len(METHODS) % 2])
+            for i, update in enumerate(UPDATES)]
+
+
+def parametrize(cases):
+    return pytest.mark.parametrize(('kind', 'method', 'update', 'scale'),
+                                   [pytest.param(*case, id='-'.join(case)) for case in cases])
+
+
+all_cases = parametrize([(kind, *setting) for kind in KINDS for setting in settings_of(kind)])
+
+
+def few_cases(*kinds):
+    return parametrize([(kind, *setting) for kind in kinds for setting in FEW_SETTINGS if applies(kind, setting[0])])
+
+
+def test_the_matrix_leaves_out_none():
+    assert {setting for kind in FORMS for setting in settings_of(kind)} == set(SETTINGS)
+    others = {setting for kind in KINDS if kind not in FORMS for setting in settings_of(kind)}
+    for pair in [lambda method, update, scale: (method, update), lambda method, update, scale: (update, scale)]:
+        assert {pair(*setting) for setting in others} == {pair(*setting) for setting in SETTINGS}
 
 
 @pytest.fixture
@@ -247,7 +268,7 @@ def trained(layer):
 # Identity at start
 
 
-@all_cases()
+@all_cases
 def test_start_changes_nothing(case):
     layer = case.fresh()
     for mode in (True, False):
@@ -258,7 +279,7 @@ def test_start_changes_nothing(case):
     assert torch.equal(copy.deepcopy(layer)(case.x), case.base(case.x))
 
 
-@all_cases()
+@all_cases
 def test_trained_factors_change_the_output(case):
     """Keeps the tests below honest: without this, a layer that ignores its adapter would pass many of them."""
     assert (case.layer(case.x) - case.base(case.x)).abs().max() > 1e-2
@@ -267,7 +288,7 @@ def test_trained_factors_change_the_output(case):
 # Values and gradients
 
 
-@all_cases()
+@all_cases
 def test_output_and_gradients_are_those_of_the_formula(double):
     double.x.requires_grad_()
     output = double.layer(double.x)
@@ -282,7 +303,7 @@ def test_output_and_gradients_are_those_of_the_formula(double):
         assert_close(gradient, reference, 1e-10)
 
 
-@all_cases()
+@all_cases
 def test_gradcheck(double):
     names = [f'adapter.{name}' for name, _ in double.layer.adapter.named_parameters()]
 
@@ -293,7 +314,7 @@ def test_gradcheck(double):
     assert torch.autograd.gradcheck(forward, inputs, fast_mode=True)
 
 
-@all_cases()
+@all_cases
 def test_only_the_factors_get_gradients(case):
     case.layer(case.x).square().sum().backward()
     with_gradient = {name for name, p in case.layer.named_parameters() if p.grad is not None}
@@ -380,7 +401,7 @@ def test_transposed_convolution_takes_an_output_size(output_size):
 # Merging
 
 
-@all_cases()
+@all_cases
 def test_merged_equals_unmerged(case):
     expected, effective = case.layer(case.x), case.layer.effective_weight()
     weight = case.layer.frozen_weight
@@ -392,7 +413,7 @@ def test_merged_equals_unmerged(case):
     assert_close(case.layer(case.x), expected)
 
 
-@all_cases()
+@all_cases
 def test_unmerge_restores_the_weight_bit_for_bit(case):
     weight = case.layer.frozen_weight
     expected = case.layer(case.x)
@@ -409,7 +430,7 @@ def test_unmerge_restores_the_weight_bit_for_bit(case):
     assert torch.equal(case.layer(case.x), expected)
 
 
-@all_cases()
+@all_cases
 def test_memory_format_is_kept(case):
     formats = {4: [torch.contiguous_format, torch.channels_last], 5: [torch.contiguous_format, torch.channels_last_3d]}
     if isinstance(case.base, (ConvWS2d, ConvAWS2d)):  # which take no other format, adapted or not
@@ -426,14 +447,14 @@ def test_memory_format_is_kept(case):
         assert unmerge(layer).frozen_weight.stride() == strides
 
 
-@all_cases()
+@all_cases
 def test_state_dict_does_not_depend_on_merging(case):
     state = {name: tensor.clone() for name, tensor in case.layer.state_dict().items()}
     assert_same(merge(case.layer).state_dict(), state)
     assert torch.equal(state['weight'], case.base.weight)
 
 
-@all_cases()
+@all_cases
 def test_loading_into_a_merged_layer_unmerges_it(case):
     state = copy.deepcopy(case.layer.state_dict())
     expected = case.layer(case.x)
@@ -445,7 +466,7 @@ def test_loading_into_a_merged_layer_unmerges_it(case):
     assert torch.equal(merge(other)(case.x), merge(case.layer)(case.x))
 
 
-@all_cases()
+@all_cases
 def test_export_fits_the_original_layer(case):
     expected = case.layer(case.x)
     for layer in (case.layer, merge(copy.deepcopy(case.layer))):
@@ -459,7 +480,7 @@ def test_export_fits_the_original_layer(case):
 # Saving, copying
 
 
-@all_cases()
+@all_cases
 def test_round_trips(case, tmp_path):
     expected = case.layer(case.x)
 
@@ -490,7 +511,7 @@ CLONES = {
 }
 
 
-@all_cases()
+@all_cases
 def test_copies(case):
     for clone, merged in itertools.product(CLONES.values(), (False, True)):
         if merged:
@@ -517,7 +538,7 @@ def test_copies(case):
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64], ids=str)
-@all_cases()
+@all_cases
 def test_other_precisions(case, kind, dtype):
     if (kind, dtype) == ('reflect', torch.float16) and digit_version(torch.__version__) < digit_version('2.6'):
         pytest.skip('before torch 2.6, reflection_pad2d knows no half precision on the CPU')
@@ -553,7 +574,7 @@ def test_starts_as_it_was_in_half_precision(method, update, dtype):
     assert torch.equal(layer.effective_weight(), layer.frozen_weight)
 
 
-@all_cases()
+@all_cases
 def test_autocast_leaves_the_effective_weight_in_float32(case):
     expected = case.layer.effective_weight()
     with torch.autocast('cpu', torch.bfloat16):
@@ -568,7 +589,7 @@ def test_autocast_leaves_the_effective_weight_in_float32(case):
     assert all(p.grad.dtype == torch.float32 for p in trained(case.layer))
 
 
-@all_cases()
+@all_cases
 def test_double_and_back_keeps_the_layer(case):
     expected = case.layer(case.x)
     parameters = list(map(id, case.layer.parameters()))
@@ -600,7 +621,7 @@ def test_cuda(kind, monkeypatch):
 # With the rest of torch
 
 
-@all_cases()
+@all_cases
 @pytest.mark.parametrize('use_reentrant', [True, False], ids=['reentrant', 'not_reentrant'])
 def test_checkpointing(case, use_reentrant):
     x = case.x.requires_grad_()
@@ -610,7 +631,7 @@ def test_checkpointing(case, use_reentrant):
         assert_close(tensor.grad, gradient)
 
 
-@all_cases('linear', 'depthwise7x7', 'transpose2d')
+@few_cases('linear', 'depthwise7x7', 'transpose2d')
 def test_compile(case):
     torch._dynamo.reset()
     expected = case.layer(case.x)
@@ -630,7 +651,7 @@ def test_compile_with_inductor():
 
 
 @pytest.mark.parametrize('mode', [True, False], ids=['train', 'eval'])
-@all_cases('linear', 'conv2d')
+@few_cases('linear', 'conv2d')
 def test_training_flag_is_kept(case, mode):
     layer = adapt(case.base.train(mode), **case.settings)
     assert [module.training for module in layer.modules()] == [mode] * len(list(layer.modules()))
@@ -640,7 +661,7 @@ def test_training_flag_is_kept(case, mode):
         assert unmerge(layer).training == flag
 
 
-@all_cases('linear', 'conv2d', 'transpose2d', 'mmcv_conv2d')
+@few_cases('linear', 'conv2d', 'transpose2d', 'mmcv_conv2d')
 def test_hooks_and_references_stay_valid(case):
     calls = []
     case.base.register_forward_pre_hook(lambda *_: calls.append('before'))
@@ -667,7 +688,7 @@ def test_adapted_class_is_made_once(kind):
 # torch.func, torch.fx, torch.jit
 
 
-@all_cases('linear', 'grouped', 'gpt2_conv1d')
+@few_cases('linear', 'grouped', 'gpt2_conv1d')
 def test_gradients_of_each_sample(double):
     parameters = {name: p.detach() for name, p in double.layer.named_parameters() if p.requires_grad}
 
@@ -682,7 +703,7 @@ def test_gradients_of_each_sample(double):
 
 
 @pytest.mark.parametrize('make', [lambda layer: layer, nn.Sequential], ids=['root', 'child'])
-@all_cases('linear', 'grouped')
+@few_cases('linear', 'grouped')
 def test_symbolic_trace(case, make):
     model = make(case.layer)
     traced = torch.fx.symbolic_trace(model)
