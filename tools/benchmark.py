@@ -39,7 +39,7 @@ def measure(names: List[str], arch: str, rank: int, images: int, size: int, roun
         variants.append(Variant(name, arch, rank))
         for _ in range(3):
             variants[-1].repeat(data)
-        variants[-1].times.clear()
+        variants[-1].warmed_up()
     for _ in trange(rounds):
         for variant in variants:
             for _ in range(3):
@@ -68,7 +68,7 @@ def measure_settings(names: List[str], data_root: str, arch: str, rank: int, ima
                 variant.step(data)
                 asked = time.perf_counter()
             if turn == 0:  # kernels are compiled, and workers start
-                variant.times.clear()
+                variant.warmed_up()
                 epochs.clear()
     return [dict(variant.row(), wait=statistics.median(sum((epoch[1:] for epoch in epochs), [])),
                  first=statistics.median(epoch[0] for epoch in epochs)) for variant, epochs in zip(variants, waits)]

@@ -199,6 +199,11 @@ class Variant:
         self.times.append({part: a.elapsed_time(b) for part, a, b in zip(PARTS, times, times[1:])})
         self.losses.append(loss.item())
 
+    def warmed_up(self) -> None:
+        """Forget the steps so far, in which kernels are compiled and graphs captured."""
+        self.times.clear()
+        self.peak = 0
+
     def _mark(self, part: str) -> None:
         self.marks[part] = torch.cuda.Event(enable_timing=True)
         self.marks[part].record()
