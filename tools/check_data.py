@@ -22,10 +22,10 @@ from rich.progress import track
 def draw(split: Split, out: Path, count: int) -> None:
     """Draw so many of the images that have annotations, from the first to the last."""
     images = split.content['images']
-    with_boxes = sorted(set(split.of_image))
+    with_boxes = sorted(set(split.boxes.image))
     count = min(count, len(with_boxes))
     chosen = [with_boxes[index * len(with_boxes) // count] for index in range(count)]
-    entries: List[list] = [[entry for entry, image in zip(split.boxes.entries, split.of_image) if image == index]
+    entries: List[list] = [[entry for entry, image in zip(split.boxes.entries, split.boxes.image) if image == index]
                            for index in chosen]
     labels = {category['id']: split.classes.index(category['name']) for category in split.content['categories']
               if category['name'] in split.classes}

@@ -1,7 +1,9 @@
 """Checks of the files of a data set by its config, before anything is built."""
+import itertools
 import os.path as osp
 from typing import Any, Dict, Optional
 
+import numpy as np
 from mmdet.datasets import CocoPanopticDataset, LVISV05Dataset, LVISV1Dataset, Objects365V2Dataset
 
 from ..core.errors import SetupError
@@ -55,12 +57,11 @@ def check_coco(split: str, dataset: Dict[str, Any], keep: bool = False) -> None:
             is_step(step, 'LoadAnnotations') and step.get('with_mask') for step in pipeline)
         if masks:
             kept = coco.usable(boxes)['kept']
-            coco.check_masks(path, [a for a, keeps in zip(boxes.entries, kept) if keeps])
+            coco.check_masks(path, list(itertools.compress(boxes.entries, kept)))
         if not unlabelled or split == 'test':
             coco.check_usable(path, annotated, boxes, masks, min_size)
         if filter_cfg.get('filter_empty_gt'):
-            used = {a['image_id'] for a, wanted in zip(boxes.entries, boxes.wanted) if wanted}
-            images = [image for image in images if image['id'] in used]
+            images = [images[index] for index in np.unique(boxes.image[boxes.wanted])]
     images = [image for image in images if min(image['width'], image['height']) >= min_size]
     by_file_name = not issubclass(cls, (LVISV05Dataset, Objects365V2Dataset))
     if by_file_name and not dataset.get('backend_args') and '://' not in root:

@@ -29,7 +29,6 @@ class Split(NamedTuple):
     classes: List[str]
     boxes: coco.Boxes
     of_class: np.ndarray  # index of the class, or -1
-    of_image: np.ndarray  # index of the image
     objects: np.ndarray  # what is learnt and to be found
 
 
@@ -55,13 +54,12 @@ def read_splits(cfg: Config, names: Sequence[str] = ('train', 'val', 'test')) ->
             boxes = coco.check_annotations(path, content, classes, cls.ANN_ID_UNIQUE)
             class_index = {category['id']: classes.index(category['name']) for category in content['categories']
                            if category['name'] in classes}
-            image_index = {image['id']: index for index, image in enumerate(content['images'])}
             parts = sum(split.name.partition('-')[0] == name for split in splits.values())
             splits[osp.realpath(path)] = Split(
                 f'{name}-{parts + 1}' if parts else name, path,
                 osp.join(root, (dataset.get('data_prefix') or {}).get('img') or ''), content, classes, boxes,
                 np.array([class_index.get(entry['category_id'], -1) for entry in boxes.entries], int),
-                np.array([image_index[entry['image_id']] for entry in boxes.entries], int), coco.usable(boxes)['kept'])
+                coco.usable(boxes)['kept'])
     return list(splits.values())
 
 
@@ -72,7 +70,7 @@ def table(split: Split) -> List[str]:
     for name, ours in [*((name, split.of_class == index) for index, name in enumerate(split.classes)),
                        ('all', split.of_class >= 0)]:
         kept = ours & split.objects
-        images = len(split.content['images']) if name == 'all' else len(set(split.of_image[kept]))
+        images = len(split.content['images']) if name == 'all' else len(set(split.boxes.image[kept]))
         counts = [images, kept.sum(), *((kept & (size == index)).sum() for index in range(len(AREAS))),
                   (ours & split.boxes.crowd).sum()]
         rows.append([name, *(f'{count:,}' for count in counts)])
@@ -86,7 +84,7 @@ def findings(split: Split) -> List[str]:
 
 def _about_images(split: Split) -> Iterable[str]:
     images = split.content['images']
-    empty = sorted(set(range(len(images))) - set(split.of_image[split.objects]))
+    empty = sorted(set(range(len(images))) - set(split.boxes.image[split.objects]))
     if empty:
         yield f'{len(empty)} of {len(images)} images have no box, such as {images[empty[0]]["file_name"]}'
 
@@ -103,7 +101,7 @@ def _about_boxes(split: Split) -> Iterable[str]:
     ]
     places = defaultdict(list)
     for index in np.flatnonzero(objects):
-        places[(split.of_image[index], *boxes.xywh[index].round().tolist())].append(index)
+        places[(split.boxes.image[index], *boxes.xywh[index].round().tolist())].append(index)
     again, other = np.zeros((2, len(objects)), bool)
     for first, *rest in places.values():
         for index in rest:
@@ -114,7 +112,7 @@ def _about_boxes(split: Split) -> Iterable[str]:
             index = min(np.flatnonzero(which), key=lambda index: boxes.xywh[index, 2:].min())
             bbox = ', '.join(f'{value:g}' for value in boxes.xywh[index])
             yield (f'{which.sum()} of {len(which)} boxes {reason}, such as [{bbox}] in '
-                   f'{split.content["images"][split.of_image[index]]["file_name"]}')
+                   f'{split.content["images"][split.boxes.image[index]]["file_name"]}')
 
 
 def _about_classes(split: Split) -> Iterable[str]:
@@ -126,10 +124,10 @@ def _about_classes(split: Split) -> Iterable[str]:
                    + f' and {len(names) - 10} more' * (len(names) > 10))
     if len(counts) > 1 and counts.sum():
         most = int(counts.argmax())
-        images = set(split.of_image[split.objects])
+        images = set(split.boxes.image[split.objects])
         if counts[most] > .9 * counts.sum():
             yield f'{split.classes[most]} has {counts[most] / counts.sum():.0%} of all boxes'
-        elif len(images) > FEW and images == set(split.of_image[split.objects & (split.of_class == most)]):
+        elif len(images) > FEW and images == set(split.boxes.image[split.objects & (split.of_class == most)]):
             yield f'{split.classes[most]} is in every image that has a box'
 
 
