@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Union
+from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
 
 import torch
 from safetensors import SafetensorError
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..version import __version__
 from .adapt import BEFORE
 from .adapters import adapter_state_dict, frozen_names, start_adapter
+from .card import FRONT, Card, markdown
 from .text import some
 from .wrappers import through_wrappers
 
@@ -31,20 +32,28 @@ def fingerprint(model: nn.Module) -> Dict[str, str]:
 
 
 @functools.partial(through_wrappers, does='reads')
-def save_adapter(model: nn.Module, path: Union[str, os.PathLike], dtype: Optional[torch.dtype] = None) -> None:
+def save_adapter(model: nn.Module, path: Union[str, os.PathLike], dtype: Optional[torch.dtype] = None,
+                 card: Optional[Mapping[str, Any]] = None) -> None:
     """Write :func:`adapter_state_dict` with the configuration and the base's fingerprint in its header.
 
-    The file appears under its name only when it is complete, and holds a checksum of every byte in it.
+    The file appears under its name only when it is complete, and holds a checksum of every byte in it. Its card is in the
+    header too, and beside it, as a page for people and model hubs: ``task.md`` for ``task.safetensors``. A page that is
+    there already stays, unless it is a card.
 
     Args:
         model: The adapted model, with its base weights in place.
         path: The safetensors file to write.
         dtype: Of floating-point tensors in the file, such as ``torch.float16`` for one of half the size; by default
             that of the model.
+        card: What a receiver has to know and the model does not: entries of :class:`liera_mm.core.card.Card`.
 
     Raises:
-        ValueError: If a tensor has values that are not finite, or not in ``dtype``.
+        ValueError: If a tensor has values that are not finite, or not in ``dtype``, or a metric of the card has none.
+        TypeError: If the card has another entry.
     """
+    given = dict(card or {})
+    given['versions'] = {'liera_mm': __version__, 'torch': torch.__version__, **given.get('versions', {})}
+    known = Card(**given)
     tensors = {}
     for name, tensor in adapter_state_dict(model).items():
         floating = tensor.is_floating_point()
@@ -58,8 +67,28 @@ def save_adapter(model: nn.Module, path: Union[str, os.PathLike], dtype: Optiona
         version=__version__,
         config=json.dumps(model.liera),
         fingerprint=json.dumps(fingerprint(model)),
-        rounded=json.dumps(_rounded(model)))
+        rounded=json.dumps(_rounded(model)),
+        card=known.to_json())
+    path = Path(path)
+    page = path.with_suffix('.md')
     write_atomically(path, seal(tensors, metadata))
+    if not page.exists() or page.read_bytes().startswith(FRONT.encode()):
+        write_atomically(page, markdown(known, path.name, model.liera, _numbers(tensors)).encode())
+
+
+def adapter_card(path: Union[str, os.PathLike]) -> str:
+    """The card of an adapter file as Markdown, from its header; one without a card says what else is known.
+
+    Raises:
+        ValueError: If it is no adapter file, or a damaged one.
+    """
+    metadata, tensors = _open(path)
+    card = _parse(path, metadata, 'card') if 'card' in metadata else {}
+    try:
+        known = Card(**card)
+    except TypeError as error:
+        raise ValueError(f'{path} has a card that cannot be read: {error}') from None
+    return markdown(known, Path(path).name, _parse(path, metadata, 'config'), _numbers(tensors))
 
 
 @through_wrappers
@@ -132,14 +161,19 @@ def digest(tensor: Tensor) -> str:
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
-def _read(model: nn.Module, path: Union[str, os.PathLike]) -> Dict[str, Tensor]:
+def _open(path: Union[str, os.PathLike]) -> Tuple[Dict[str, str], Dict[str, Tensor]]:
+    """Metadata and tensors of an adapter file that is intact."""
     data = Path(path).read_bytes()
     try:
         metadata = json.loads(data[8:8 + int.from_bytes(data[:8], 'little')]).get('__metadata__') or {}
         _check_format(path, data, metadata)
-        tensors = load(data)
+        return metadata, load(data)
     except (SafetensorError, json.JSONDecodeError, UnicodeError, AttributeError, RecursionError) as error:
         raise ValueError(f'{path} is no adapter file, or a damaged one: {error}') from error
+
+
+def _read(model: nn.Module, path: Union[str, os.PathLike]) -> Dict[str, Tensor]:
+    metadata, tensors = _open(path)
     config, base = (_parse(path, metadata, key) for key in ('config', 'fingerprint'))
     ours, here = json.loads(json.dumps(model.liera)), fingerprint(model)
     different = differences({**BEFORE, **config}, ours)
@@ -157,6 +191,10 @@ def _read(model: nn.Module, path: Union[str, os.PathLike]) -> Dict[str, Tensor]:
         raise ValueError(
             f'{path} was trained on other frozen weights: {some(different)} of {len(base)} tensors differ{hint}')
     return tensors
+
+
+def _numbers(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors.values())
 
 
 def _rounded(model: nn.Module) -> Dict[str, Dict[str, str]]:
