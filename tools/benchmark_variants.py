@@ -104,9 +104,10 @@ DEVICE_HEADS = {
     'model.roi_head.mask_roi_extractor.type': 'DeviceRoIExtractor',
 }
 
+GRAPHS = {'custom_hooks': [dict(type='CUDAGraphHook', modules=['backbone', 'neck'])]}
+
 # What each changes in the backbone's config. Beside that: its update rule, whether all of it trains, what replaces its
-# layers, other options of the config, what CUDAGraphHook replays, and whether the loss is looked at as LieRAHook does
-# (watched).
+# layers, other options of the config, another config, and whether the loss is looked at as LieRAHook does (watched).
 VARIANTS: Dict[str, Dict[str, Any]] = {
     'full': dict(options=STOCK, fast=False, trainable=True),
     'frozen': dict(options=STOCK, fast=False),
@@ -134,9 +135,9 @@ SETTINGS: Dict[str, Dict[str, Any]] = {
     'watched': dict(update='taylor', watched=True),
     'plain': dict(update='taylor', scale='plain'),
     'device heads': dict(update='taylor', options=DEVICE_HEADS),
-    'graphs': dict(update='taylor', graphs=['backbone', 'neck']),
-    'device heads, graphs': dict(update='taylor', options=DEVICE_HEADS, graphs=['backbone', 'neck']),
-    'device heads, graphs of rpn': dict(update='taylor', options=DEVICE_HEADS, graphs=['backbone', 'neck', 'rpn_head']),
+    'graphs': dict(update='taylor', options=GRAPHS),
+    'device heads, graphs': dict(update='taylor', options={**DEVICE_HEADS, **GRAPHS}),
+    'device heads, graphs of rpn': dict(update='taylor', config='mask-rcnn_convnextv2-b_liera-graphs_r16.py'),
 }
 # Every parameterisation of Δ
 PARAMETERISATIONS: Dict[str, Dict[str, Any]] = {method: dict(update='taylor', method=method) for method in METHODS}
@@ -160,8 +161,9 @@ class Variant:
         if 'watched' in ALL[name]:
             LossWatch(self.model, self.optimizer)
         self.model.backbone.register_forward_hook(lambda *_: self._mark('backbone'))
-        self.graphed = [self.model.get_submodule(part) for part in ALL[name].get('graphs', ())]
-        for part, module in zip(ALL[name].get('graphs', ()), self.graphed):
+        graphed = [part for hook in self.cfg.custom_hooks if hook.type == 'CUDAGraphHook' for part in hook.modules]
+        self.graphed = [self.model.get_submodule(part) for part in graphed]
+        for part, module in zip(graphed, self.graphed):
             module.forward = Graphs(module, part, 4)
         self.resident = torch.cuda.memory_allocated() - others
 
@@ -235,7 +237,7 @@ class Variant:
 def build(name: str, arch: str, rank: int, **options: Any) -> Tuple[Config, nn.Module, OptimWrapper]:
     """Our config for COCO as a variant has it, with other options, and its detector on the card, with an optimizer."""
     setting = ALL[name]
-    cfg = load_config(str(CONFIG), {**setting.get('options', {}), **options})
+    cfg = load_config(str(CONFIG.with_name(setting.get('config', CONFIG.name))), {**setting.get('options', {}), **options})
     liera = {key: setting[key] for key in ('update', 'scale', 'method') if key in setting}
     liera = dict(liera, rank=rank, alpha=2 * rank) if liera else None
     cfg.model.backbone.update(

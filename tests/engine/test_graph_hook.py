@@ -35,7 +35,7 @@ def train(make_runner, hooks, **options):
 
 def test_training_is_the_same(make_runner):
     """With averaged weights, accumulated gradients, validation, and another epoch after that."""
-    options = {'train_cfg.max_epochs': 3, 'optim_wrapper.accumulative_counts': 2}
+    options = {'train_cfg.max_epochs': 2, 'optim_wrapper.accumulative_counts': 2}
     graphs = dict(type='CUDAGraphHook', modules=['backbone', 'neck', 'rpn_head'], capture=Recorded)
     (runner, ours), (twin, theirs) = (
         train(make_runner, [dict(type='EMAHook'), *hooks], **options) for hooks in ([graphs], []))

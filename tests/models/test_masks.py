@@ -113,8 +113,9 @@ def test_targets_without_masks():
     assert len(none.crop_and_resize(np.empty((0, 4)), (14, 14), np.empty(0, dtype=int))) == 0
 
 
-def test_preprocessor():
-    settings = dict(mean=[1.] * 3, std=[2.] * 3, pad_size_divisor=32, pad_mask=True)
+@pytest.mark.parametrize('augments', [None, [dict(type='BatchFixedSizePad', size=(96, 128), pad_mask=True)]], ids=str)
+def test_preprocessor(augments):
+    settings = dict(mean=[1.] * 3, std=[2.] * 3, pad_size_divisor=32, pad_mask=True, batch_augments=augments)
     random = np.random.RandomState(0)
     data = dict(inputs=[], data_samples=[])
     for instances, height, width in ((2, 40, 50), (0, 64, 33)):
@@ -124,6 +125,7 @@ def test_preprocessor():
     results = [preprocessor(**settings)(copy.deepcopy(data), training=True)
                for preprocessor in (DetDataPreprocessor, DeviceMaskPreprocessor)]
     assert torch.equal(results[0]['inputs'], results[1]['inputs'])
+    assert results[1]['inputs'].shape[2:] == ((96, 128) if augments else (64, 64))
     for theirs, ours in zip(*(result['data_samples'] for result in results)):
         assert type(ours.gt_instances.masks) is DeviceMasks
         assert np.array_equal(ours.gt_instances.masks.to_ndarray(), theirs.gt_instances.masks.masks)
