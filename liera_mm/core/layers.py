@@ -43,18 +43,18 @@ class AdaptedLayer:
     def weight(self) -> Tensor:
         """The effective weight, for code that reads it: an :class:`EffectiveWeight`, into which nothing can be written.
 
-        The parameter itself while the layer is merged, or its adapter is taken out (:func:`without_adapters`) to load or
-        initialise what it had before; and while it is in shards, where torch reads it to manage them. Another parameter
-        cannot take its place.
+        So it is while the layer is merged, where the parameter holds it. The parameter itself while its adapter is taken
+        out (:func:`without_adapters`) to load or initialise what it had before; and while it is in shards, where torch
+        reads it to manage them. Another parameter cannot take its place.
         """
         parameter = self._parameters['weight']
         if not torch.compiler.is_compiling():
             self.__dict__['read'] = parameter
-        if self.merged or self._modules.get('adapter') is None or hasattr(parameter, 'to_local'):
+        if self._modules.get('adapter') is None or hasattr(parameter, 'to_local'):
             return parameter
-        weight = self.effective_weight()
+        weight = parameter if self.merged else self.effective_weight()
         # No compiler, tracer or transform knows the class
-        plain = torch.compiler.is_compiling() or type(weight) is not Tensor or builtin_only()
+        plain = torch.compiler.is_compiling() or type(weight) not in (Tensor, nn.Parameter) or builtin_only()
         return weight if plain else weight.as_subclass(EffectiveWeight)
 
     @weight.setter

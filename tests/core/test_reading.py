@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmcv.cnn import fuse_conv_bn
-from mmengine.model import constant_init, kaiming_init
-from mmpretrain.models.backbones import MobileOne, RepLKNet, RepVGG, SwinTransformerV2
+from mmengine.model import BaseModel, constant_init, kaiming_init
+from mmengine.runner import Runner
+from mmpretrain.models.backbones import MobileOne, RepLKNet, RepMLPNet, RepVGG, SwinTransformerV2
 from torch import nn
 from torch.ao.nn.quantized import dynamic
 from torch.ao.quantization import default_dynamic_qconfig, fuse_modules, quantize_dynamic
@@ -88,7 +89,7 @@ def test_what_is_read(seed, method, update, dtype, perturb):
     with torch.no_grad():
         assert type(layer.weight) is EffectiveWeight and torch.equal(layer.weight, layer.effective_weight())
         assert torch.equal(layer.weight, merge(layer).weight)
-    assert layer.weight is layer._parameters['weight']  # while it is merged
+        assert type(layer.weight) is EffectiveWeight and torch.equal(layer.weight, layer._parameters['weight'])
     assert unmerge(layer).weight.dtype == dtype
 
 
@@ -129,8 +130,8 @@ def test_get_parameter(layer, make):
     assert isinstance(got, nn.Parameter) and torch.equal(got, layer.effective_weight())
     with pytest.raises(SetupError, match=REMEDY):
         got.data.zero_()
-    merge(model)
-    assert model.get_parameter(name) is dict(model.named_parameters())[name]
+    with torch.no_grad():
+        assert torch.equal(merge(model).get_parameter(name), dict(model.named_parameters())[name])
     with pytest.raises(AttributeError):
         model.get_parameter(f'{name}s')
 
@@ -186,13 +187,15 @@ WRITES = {
 @pytest.mark.filterwarnings('ignore:The use of `x.T`')
 @pytest.mark.parametrize('no_grad', [False, True], ids=['grad', 'no_grad'])
 @pytest.mark.parametrize('write', WRITES)
-def test_writing_into_it_fails(layer, write, no_grad):
-    if no_grad and write == 'requires_grad_':
+@pytest.mark.parametrize('prepare', [merge, unmerge])
+def test_writing_into_it_fails(layer, write, no_grad, prepare):
+    """Merged, what is written would be lost with the next unmerge()."""
+    if write == 'requires_grad_' and (no_grad or prepare is merge):
         return  # of a leaf, as nn.Parameter calls it
-    state = copy.deepcopy(layer.state_dict())
+    expected, state = prepare(layer)._parameters['weight'].clone(), copy.deepcopy(layer.state_dict())
     with torch.set_grad_enabled(not no_grad), pytest.raises(SetupError, match=REMEDY):
         WRITES[write](layer)
-    assert same_state(layer, state)
+    assert same_state(layer, state) and torch.equal(layer._parameters['weight'], expected)
 
 
 @pytest.mark.parametrize('change', [
@@ -239,6 +242,9 @@ DEPLOYED = {
         out_indices=(3, )),
     'RepLKNet': lambda: RepLKNet(
         dict(large_kernel_sizes=[5] * 4, layers=[1] * 4, channels=[8] * 4, small_kernel=3, dw_ratio=1), out_indices=(3, )),
+    'RepMLP': lambda: RepMLPNet(
+        dict(channels=[8] * 4, depths=[1] * 4, sharesets_nums=[1, 2, 2, 2]), img_size=64, out_indices=(3, ),
+        reparam_conv_kernels=(1, 3)),
 }
 
 
@@ -253,6 +259,39 @@ def test_switch_to_deploy(seed, name, prepare, perturb):
     model, expected = moved(model, x, perturb, call=lambda model, x: model(x)[-1])
     prepare(model).switch_to_deploy()
     torch.testing.assert_close(model(x)[-1], expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+class Classifier(BaseModel):
+    """Which Runners initialise, unless it has been done."""
+
+    def __init__(self):
+        super().__init__(init_cfg=dict(type='Kaiming', layer='Conv2d'))
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 3)
+
+    def forward(self, images, labels, mode):
+        return dict(loss=F.cross_entropy(self.head(self.conv(images).mean((2, 3))), labels))
+
+
+@pytest.mark.parametrize('initialised', [True, False])
+def test_a_runner_of_a_model_that_was_adapted_by_hand(seed, tmp_path, initialised):
+    """It would initialise the weights once more, which nobody wants who has adapted them."""
+    model = Classifier()
+    if initialised:
+        model.init_weights()
+    frozen = adapt(model, rank=2, targets=['conv']).conv.frozen_weight.clone()
+    images = [dict(images=torch.randn(3, 8, 8), labels=torch.tensor(index % 3)) for index in range(4)]
+    runner = Runner(
+        model, tmp_path, dict(dataset=images, batch_size=2, sampler=dict(type='DefaultSampler'),
+                              collate_fn=dict(type='default_collate')),
+        train_cfg=dict(by_epoch=True, max_epochs=1), optim_wrapper=dict(optimizer=dict(type='SGD', lr=.1)),
+        experiment_name=tmp_path.name)
+    if initialised:
+        runner.train()
+        assert not torch.equal(model.conv.weight, frozen)
+    else:
+        with pytest.raises(SetupError, match='Do this before adapt'):
+            runner.train()
+    assert torch.equal(model.conv.frozen_weight, frozen)
 
 
 def test_fuse_conv_bn(net, image, prepare, perturb):
