@@ -48,21 +48,26 @@ class Graphs:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs, tree = tree_flatten((args, kwargs))
-        if (not (self.module.training and torch.is_grad_enabled()) or builtin_only() or self.waiting() is not None
+        if (not (self.module.training and torch.is_grad_enabled()) or self.waiting() is not None
+                or builtin_only() or torch.compiler.is_compiling()
                 or not inputs or not all(isinstance(each, Tensor) for each in inputs)):
             return self.eager(*args, **kwargs)
         state, device = _state(self.module), inputs[0].device.type
+        if state is None:
+            return self.eager(*args, **kwargs)
         if state != self.state:
             self.state, self.forms = state, {}
         key = (str(tree), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device),
                *((each.shape, each.stride(), each.dtype, each.device, each.requires_grad) for each in inputs))
         form = self.forms.get(key)
-        if form is None and state is not None:
+        if (form is None or form.graph is None) and self.captured >= self.most:
+            return self.eager(*args, **kwargs)
+        if form is None:
             form = self.forms[key] = Form(tree)
-        if form is not None and form.graph is None and form.known and self.captured < self.most:
+        if form.graph is None and form.known:
             self._capture(form, inputs)
-        if form is None or form.graph is None:
-            return self.eager(*args, **kwargs) if form is None else form.watch(self.eager(*args, **kwargs))
+        if form.graph is None:
+            return form.watch(self.eager(*args, **kwargs))
         outputs = _Step.apply(self, form, len(inputs), *inputs, *form.parameters)
         return tree_unflatten(outputs, form.outputs)
 
@@ -147,10 +152,12 @@ class _Step(torch.autograd.Function):
         graphs, form = ctx.graphs, ctx.form
         graphs.waiting = lambda: None
         if ctx.turn != graphs.turn:
-            raise RuntimeError(f'{graphs.name} was replayed again, over what this backward pass needs')
+            raise RuntimeError(f'{graphs.name} was replayed since, over what this backward pass needs: leave it out of the '
+                               'modules that have graphs')
+        graphs.turn += 1  # for this pass, too, is done over what it needs
         if any(grad is not None and index not in form.wanted for index, grad in enumerate(grads)):
             raise RuntimeError(f'the loss depends on an output of {graphs.name} that it did not depend on when a graph was '
-                               f'made of it: leave {graphs.name} out of the modules that have graphs')
+                               'made of it: leave it out of the modules that have graphs')
         return None, None, None, *form.graph.gradients([grads[index] for index in form.wanted])
 
 

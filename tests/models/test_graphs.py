@@ -142,15 +142,28 @@ def test_two_forward_passes_before_the_backward_passes(device):
     assert len(made) == 1
 
 
-def test_replayed_between_forward_and_backward():
+@pytest.mark.parametrize('again', [lambda model: None, lambda model: step(model, images())], ids=['backward', 'step'])
+def test_what_a_backward_pass_needs_is_there_once(again):
     model, _ = graphed(backbone())
     for _ in range(2):
         step(model, images())
-    loss = model(images())[0].sum()
+    loss = sum(output.sum() for output in model(images()))
     loss.backward(retain_graph=True)
-    step(model, images())
-    with pytest.raises(RuntimeError, match='backbone was replayed again'):
+    again(model)
+    with pytest.raises(RuntimeError, match='backbone was replayed since'):
         loss.backward()
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_outputs_that_are_written_to(device):
+    ours, theirs = graphed(backbone(device))[0], backbone(device)
+    for seed in range(3):
+        results = []
+        for model in (ours, theirs):
+            torch.manual_seed(seed)
+            sum(output.mul_(2).relu_().square().mean() for output in model(images(device, seed=seed))).backward()
+            results.append(gradients(model))
+        assert_same(*results)
 
 
 @pytest.mark.parametrize('device', DEVICES)
