@@ -36,15 +36,15 @@ def LieRABackbone(backbone: Optional[Dict[str, Any]] = None, liera: Optional[Dic
     refuse_leftovers('LieRABackbone', [name for name in kwargs if name not in ('init_cfg', 'pretrained')])
     if backbone is None:
         raise SetupError('LieRABackbone has no backbone to adapt', 'Give it as backbone=dict(type=..., ...)')
-    model = _build({**backbone, **kwargs} if kwargs else backbone)
+    model = build_initialised({**backbone, **kwargs} if kwargs else backbone)
     if not isinstance(model, PretrainedBackbone):
         model.__class__ = _pretrained_class(type(model))
     adapt_or_freeze(model, liera)
     return model
 
 
-def _build(cfg: Dict[str, Any]) -> nn.Module:
-    """Build a backbone, and initialise what its constructor leaves to pretrained weights, as TridentNet's convolutions do.
+def build_initialised(cfg: Dict[str, Any]) -> nn.Module:
+    """Build a registered module, and initialise what it leaves to pretrained weights, as TridentNet's convolutions do.
 
     Until then it is whatever was in memory, of which it depends whether a layer can be adapted: NaN, nothing but zeros.
     """

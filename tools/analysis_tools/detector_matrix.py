@@ -64,6 +64,14 @@ def edited(model: Dict[str, Any], rank: int = 2) -> Dict[str, Any]:
     return model
 
 
+def items(cfg: Any) -> Iterator[Tuple[str, Any]]:
+    """Every name and value in a config, at any depth."""
+    if isinstance(cfg, dict):
+        yield from cfg.items()
+    for value in cfg.values() if isinstance(cfg, dict) else cfg if isinstance(cfg, (list, tuple)) else ():
+        yield from items(value)
+
+
 def without_pretrained(cfg: Any) -> None:
     """Take the pretrained weights out of a config, in place; nothing is downloaded here."""
     for value in cfg.values() if isinstance(cfg, dict) else cfg if isinstance(cfg, (list, tuple)) else ():
@@ -101,11 +109,14 @@ def inputs(model: Dict[str, Any], size: int) -> Dict[str, Any]:
     import torch
     from mmdet.testing import demo_mm_inputs
     from mmengine.structures import InstanceData
-    coarse = 'semantic_head' in (model.get('roi_head') or {})  # whose maps are an eighth of the image
-    data = demo_mm_inputs(2, [(3, size, size)] * 2, num_classes=2, with_semantic=True,
-                          with_mask=bool((model.get('data_preprocessor') or {}).get('pad_mask')),
+    settings = list(items(model))
+    coarse = any(name == 'semantic_head' for name, _ in settings)  # whose maps are an eighth of the image
+    masks = any(name in ('mask_head', 'loss_mask') or name == 'pad_mask' and value for name, value in settings)
+    data = demo_mm_inputs(2, [(3, size, size)] * 2, num_classes=2, with_semantic=True, with_mask=masks,
                           sem_seg_output_strides=8 if coarse else 1)
     for sample in data['data_samples']:
+        if ('num_classes', 1) in settings:
+            sample.gt_instances.labels.zero_()
         boxes = sample.gt_instances.bboxes
         sample.proposals = InstanceData(bboxes=boxes.clone(), scores=torch.ones(len(boxes)))
     return data
@@ -136,6 +147,7 @@ def try_training(model: Dict[str, Any], scope: str, folder: Path, size: int) -> 
     from liera_mm.engine import invariants
     from liera_mm.engine.plain import plain_config
     from liera_mm.engine.watches import LossWatch
+    from liera_mm.models.backbones import build_initialised
 
     init_default_scope(scope)
     for counter, value in dict(epoch=0, iter=0, max_epochs=12, max_iters=1000).items():
@@ -159,19 +171,19 @@ def try_training(model: Dict[str, Any], scope: str, folder: Path, size: int) -> 
     def only(names):
         return [p for name, p in ours.named_parameters() if name in names]
 
-    stock = MODELS.build(copy.deepcopy(model))
+    stock = build_initialised(copy.deepcopy(model))
     stock.init_weights()
     for module in stock.modules():
         if is_norm(module) and module.weight is not None and not module.weight.any():
             torch.nn.init.constant_(module.weight, .5)  # at zero, nothing in its block has a gradient
     stock.train()
     others = {name for name, p in stock.named_parameters() if p.requires_grad}
-    weights = {name: tensor.clone() for name, tensor in stock.state_dict().items()}
     stock.requires_grad_(True)  # frozen stages too: what has no gradient then is nothing that the loss depends on
     total(losses(stock)).backward()
     idle = {name for name, p in stock.named_parameters() if p.grad is None or not p.grad.any()}
     assert not idle.issuperset(others), 'nothing has a gradient'
     stock.zero_grad()
+    weights = {name: tensor.clone() for name, tensor in stock.state_dict().items()}  # DDQ has more names by now
     yield
 
     ours = MODELS.build(edited(model))
@@ -179,6 +191,7 @@ def try_training(model: Dict[str, Any], scope: str, folder: Path, size: int) -> 
                            and not invariants.frozen_by_design(ours, name))
     backbone.init_weights()
     ours.train()
+    total(losses(ours))
     yield
 
     invariants.check_trainable(place, backbone)
@@ -191,6 +204,9 @@ def try_training(model: Dict[str, Any], scope: str, folder: Path, size: int) -> 
     missing, unexpected = ours.load_state_dict(weights, strict=False)
     assert not unexpected and all('.adapter.' in name for name in missing), (missing[:3], unexpected[:3])
     stock.load_state_dict(weights)
+    for name, teacher in vars(stock).items():
+        if isinstance(teacher, torch.nn.Module):  # hidden from state dicts
+            vars(ours)[name].load_state_dict(teacher.state_dict())
     theirs = stock.get_submodule(place)
     theirs.requires_grad_(False)  # torch's attention chooses its kernel by what trains
     start = features(backbone, size)
@@ -198,8 +214,10 @@ def try_training(model: Dict[str, Any], scope: str, folder: Path, size: int) -> 
     torch.save({name: tensor for name, tensor in backbone.state_dict().items() if '.adapter.' not in name},
                folder / 'base.pth')
     before = {name: p.detach().clone() for name, p in ours.named_parameters() if name in mine}
-    # With that epsilon, any gradient but zero moves a number by 1e-3
-    groups = [dict(params=only(mine), lr=1e-3), dict(params=only(others), lr=1e-4)]
+    bases = {f'{place}.{name}.adapter.{factor}': f'{place}.{name}.weight' for name, layer in adapted_layers(backbone)
+             for factor, _ in layer.adapter.named_parameters()}
+    # With that epsilon, any gradient but zero moves a number by the learning rate: that of offsets to within the image
+    groups = [dict(params=only(bases), lr=1e-3), dict(params=only(mine.union(others).difference(bases)), lr=1e-6)]
     wrapper = OptimWrapper(torch.optim.AdamW(groups, weight_decay=0., eps=1e-20))
     watch = LossWatch(ours, wrapper)
     for each in (stock, ours):
@@ -213,8 +231,6 @@ def try_training(model: Dict[str, Any], scope: str, folder: Path, size: int) -> 
     invariants.check_movable(ours)
     invariants.watch_first_step(ours, wrapper, MMLogger.get_current_instance(), watch)
     digests = invariants.frozen_digests(ours)
-    bases = {f'{place}.{name}.adapter.{factor}': f'{place}.{name}.weight' for name, layer in adapted_layers(backbone)
-             for factor, _ in layer.adapter.named_parameters()}
     assert not idle.issuperset(bases.values()), 'no layer has a gradient'
     for step in range(STEPS):
         wrapper.update_params(total(now if step == 0 else losses(ours, step)))
@@ -316,7 +332,7 @@ def in_process(trial: Callable[..., Iterator[None]], names: Sequence[str], timeo
 
 def try_model(model: Dict[str, Any], scope: str, args: argparse.Namespace) -> Row:
     """A row of the table: every column that was reached."""
-    for size in (args.size, 4 * args.size):
+    for size in (args.size, 4 * args.size, 8 * args.size):
         with tempfile.TemporaryDirectory() as folder:
             common = args.timeout, args.memory, model, scope, Path(folder), size
             row = in_process(try_training, COLUMNS[:-1], *common)
@@ -409,7 +425,7 @@ def main() -> None:
     parser.add_argument('out', type=Path, help='JSON file with the results; goes on where it ended')
     parser.add_argument('patterns', nargs='*', default=['*'], help='globs on FOLDER/NAME.py, all by default')
     parser.add_argument('--one-each', action='store_true', help='only the first config of every folder')
-    parser.add_argument('--size', type=int, default=64, help='side of the images in pixels; four times that if it fails')
+    parser.add_argument('--size', type=int, default=64, help='side of the images in pixels; 4 or 8 times that if it fails')
     parser.add_argument('--jobs', type=int, default=1, help='configs at a time, of about 3 GiB and a core each')
     parser.add_argument('--timeout', type=float, default=600, help='seconds for a config')
     parser.add_argument('--memory', type=float, default=0, help='GiB of address space for a config; 0 for no limit')
