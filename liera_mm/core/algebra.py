@@ -173,6 +173,10 @@ class Dora(LowRank):
         ratio = torch.where(scaled, at_least_float32(self.magnitude) / norm, unit)
         return moved / self._by_channel(unit) * self._by_channel(ratio)
 
+    def starts(self, weight: Tensor, target: Tensor) -> List[Tensor]:
+        norm = self.norm(target)
+        return [target * self._by_channel(torch.where(norm > 0, self.norm(weight) / norm, 1)), target]
+
     def project(self, delta: Tensor, target: Tensor) -> None:
         super().project(delta, target)
         self.magnitude.copy_(self.norm(target))
@@ -252,9 +256,11 @@ class Tucker(Perturbation):
 
     def project(self, delta: Tensor, target: Tensor) -> None:
         core, factors = tucker_factors(delta / self.factor, self.core)
-        self.G.copy_(core)
+        # All of one size, or a search from here would take many steps
+        unit = core.norm()**(1 / (1 + len(factors))) or 1
+        self.G.copy_(core / unit**len(factors))
         for name, factor in zip(self.modes, factors):
-            getattr(self, name).copy_(factor)
+            getattr(self, name).copy_(factor * unit)
 
     def combine(self, terms: Sequence[Tuple[float, Perturbation]], move: Callable[[Tensor], Tensor]) -> None:
         core, factors = tucker_sum([(w, other.G, [getattr(other, name) for name in self.modes])

@@ -1,5 +1,6 @@
 """The way back: from weights that were trained or merged to the adapter that comes nearest to them."""
 import copy
+import math
 from typing import Dict, List, NamedTuple
 
 import torch
@@ -37,7 +38,8 @@ def extract(model: nn.Module, weights: Dict[str, Tensor], steps: int = 200) -> L
 
     Each perturbation begins at the one of its kind that is nearest to the Δ between the two weights (with low-rank factors,
     at its leading singular triplets), found where that is well conditioned. L-BFGS minimises ``‖W' - effective weight‖``
-    from there, in float64. With ``additive`` and ``lora`` the beginning is the best there is.
+    from there, in float64. With ``additive`` and ``lora`` the beginning is the best there is. ``dora`` begins at two, for
+    from one alone it often ends in a minimum that is not the least.
 
     Args:
         model: The adapted model, with its base weights in place.
@@ -81,27 +83,43 @@ def fit_layer(layer: AdaptedLayer, target: Tensor, steps: int) -> None:
     """Set the adapter of one layer such that its effective weight is as near to ``target`` as it can be."""
     exact = copy.deepcopy(layer).double()  # rounding would drown small changes
     weight, target, adapter = exact.frozen_weight.detach(), target.double(), exact.adapter
-    change = (target - weight).norm()
-    with torch.no_grad():
-        delta = INVERSES[layer.update](weight, target)
-        if layer.update in MULTIPLICATIVE and not adapter.unrestricted:
-            # Near zero where the weight is: there a large Δ would gain little
-            delta = delta * weight.square() / (weight.square() + weight.square().mean())
-        adapter.project(delta, target)
-    if change > 0 and not adapter.unrestricted:
-        optimizer = torch.optim.LBFGS(adapter.parameters(), max_iter=steps, tolerance_grad=1e-9, tolerance_change=1e-12,
-                                      history_size=20, line_search_fn='strong_wolfe')
+    best, found = math.inf, None
+    for start in adapter.starts(weight, target):
+        _project(exact, start, target)
+        if not adapter.unrestricted and not torch.equal(weight, target):
+            _descend(exact, target, steps)
+        with torch.no_grad():
+            for ours, theirs in zip(layer.adapter.parameters(), adapter.parameters()):
+                ours.copy_(theirs)
+            left = (layer.effective_weight() - target).norm().item()
+        if found is None or left < best:
+            best, found = left, copy.deepcopy(layer.adapter.state_dict())
+    layer.adapter.load_state_dict(found)
 
-        def loss() -> Tensor:
-            optimizer.zero_grad()
-            value = ((exact.effective_weight() - target) / change).square().sum()
-            value.backward()
-            return value
 
-        optimizer.step(loss)
-    with torch.no_grad():
-        for ours, found in zip(layer.adapter.parameters(), adapter.parameters()):
-            ours.copy_(found)
+@torch.no_grad()
+def _project(layer: AdaptedLayer, start: Tensor, target: Tensor) -> None:
+    """Begin at the Δ of the kind that is nearest to the one that leads to ``start``, and through it to the target."""
+    weight = layer.frozen_weight
+    delta = INVERSES[layer.update](weight, start)
+    if layer.update in MULTIPLICATIVE and not layer.adapter.unrestricted:
+        # Near zero where the weight is: there a large Δ would gain little
+        delta = delta * weight.square() / (weight.square() + weight.square().mean())
+    layer.adapter.project(delta, target)
+
+
+def _descend(layer: AdaptedLayer, target: Tensor, steps: int) -> None:
+    change = (target - layer.frozen_weight).norm()
+    optimizer = torch.optim.LBFGS(layer.adapter.parameters(), max_iter=steps, tolerance_grad=1e-9, tolerance_change=1e-12,
+                                  history_size=20, line_search_fn='strong_wolfe')
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = ((layer.effective_weight() - target) / change).square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
 
 
 def _fit(name: str, before: Tensor, target: Tensor, after: Tensor) -> Fit:

@@ -72,6 +72,10 @@ class Perturbation(nn.Module):
         """The effective weight, from the weight that the update rule has moved by Δ; for most they are the same."""
         return moved
 
+    def starts(self, weight: Tensor, target: Tensor) -> List[Tensor]:
+        """Weights that :meth:`finish` can make the target of: where a search for Δ begins."""
+        return [target]
+
     @property
     def matrix(self) -> Tuple[int, int]:
         """Rows and columns of Δ as the matrix that the parameterisation is about."""

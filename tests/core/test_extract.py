@@ -25,8 +25,15 @@ every_method_and_layer = pytest.mark.parametrize(
 every_update = pytest.mark.parametrize('update', UPDATES)
 
 
-def net_of(layer):
+@pytest.fixture
+def base(layer, seed):
     return nn.Sequential(LAYERS[layer]())
+
+
+@pytest.fixture
+def moved(base):
+    """Its state dict, the weight moved by random numbers a tenth of its size."""
+    return {**base.state_dict(), **move({'0.weight': base[0].weight.detach()}, .1)}
 
 
 def move(weights, size):
@@ -34,10 +41,7 @@ def move(weights, size):
     return {name: tensor + size * tensor.std() * torch.randn_like(tensor) for name, tensor in weights.items()}
 
 
-@every_method_and_layer
-@every_update
-def test_what_an_adapter_made_is_found_again(layer, method, update):
-    base = net_of(layer)
+def assert_found_again(base, method, update):
     trained = adapt(copy.deepcopy(base), rank=2, method=method, update=update)
     unit = 1 if trained[0].adapter.rms is None else trained[0].adapter.rms
     with torch.no_grad():
@@ -54,8 +58,20 @@ def test_what_an_adapter_made_is_found_again(layer, method, update):
 
 @every_method_and_layer
 @every_update
-def test_nothing_to_find(layer, method, update):
-    base = net_of(layer)
+def test_what_an_adapter_made_is_found_again(base, method, update):
+    assert_found_again(base, method, update)
+
+
+@pytest.mark.parametrize('layer', ['transposed'])
+@pytest.mark.parametrize(('update', 'number'), [('taylor', 2), ('exp', 0), ('exp', 2), ('exp', 4)])
+def test_dora_is_found_again_where_one_start_leads_to_another_minimum(layer, update, number):
+    torch.manual_seed(number)
+    assert_found_again(nn.Sequential(LAYERS[layer]()), 'dora', update)
+
+
+@every_method_and_layer
+@every_update
+def test_nothing_to_find(base, method, update):
     model = adapt(copy.deepcopy(base), rank=2, method=method, update=update)
     fit, = extract(model, base.state_dict())
     assert fit.change == 0 and fit.residual == 0
@@ -63,30 +79,25 @@ def test_nothing_to_find(layer, method, update):
 
 
 @pytest.mark.parametrize('layer', ['linear', 'conv'])
-def test_additive_is_the_best_of_its_rank(layer):
+def test_additive_is_the_best_of_its_rank(base, moved):
     """Eckart and Young: what is left are the singular values behind the first ones."""
-    base = net_of(layer)
-    target = move({'0.weight': base[0].weight.detach()}, .1)
-    model = adapt(copy.deepcopy(base), rank=2, update='additive')
-    fit = extract(model, {**base.state_dict(), **target})[0]
+    fit = extract(adapt(copy.deepcopy(base), rank=2, update='additive'), moved)[0]
     a, b = factor_shapes(base[0].weight.shape, 1, 2)
-    singular = torch.linalg.svdvals((target['0.weight'] - base[0].weight).reshape(b[0], a[1]).double())
+    singular = torch.linalg.svdvals((moved['0.weight'] - base[0].weight).reshape(b[0], a[1]).double())
     assert fit.left == pytest.approx(singular[a[0]:].norm().item(), rel=1e-4)
 
 
 @every_layer
 @pytest.mark.parametrize('update', ['taylor', 'exp'])
-def test_better_than_the_singular_vectors_of_delta(layer, update):
+def test_better_than_the_singular_vectors_of_delta(base, moved, update):
     """Without weights and steps, the large Δ of small weights would take the whole rank."""
-    base = net_of(layer)
-    target = {**base.state_dict(), '0.weight': move({'': base[0].weight.detach()}, .1)['']}
-    fits = [extract(adapt(copy.deepcopy(base), rank=1, update=update), target, steps)[0] for steps in (1, 200)]
+    fits = [extract(adapt(copy.deepcopy(base), rank=1, update=update), moved, steps)[0] for steps in (1, 200)]
     assert fits[1].residual < fits[0].residual < 1
 
 
+@pytest.mark.parametrize('layer', ['conv'])
 @every_update
-def test_all_of_a_dense_delta(update):
-    base = net_of('conv')
+def test_all_of_a_dense_delta(base, update):
     target = {name: tensor.abs() * base.state_dict()[name].sign() for name, tensor in move(base.state_dict(), .1).items()}
     model = adapt(copy.deepcopy(base), method='dense', update=update)
     assert extract(model, target)[0].residual < 1e-5
