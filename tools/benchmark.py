@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List
 
-from benchmark_kernels import ceilings, floors, kernels, operators, waits
+from benchmark_kernels import ceilings, floors, kernels, on_card, operators, waits
 from benchmark_variants import ALL, CONFIG, PARAMETERISATIONS, PARTS, SETTINGS, VARIANTS, Variant, batch, build
 
 import liera_mm
@@ -32,7 +32,10 @@ SWEEPS = dict(
 
 
 def measure(names: List[str], arch: str, rank: int, images: int, size: int, rounds: int) -> List[Dict[str, Any]]:
-    """Rows of the variants, from ``rounds`` turns of three steps each."""
+    """Rows of the variants, from ``rounds`` turns of three steps each.
+
+    In ``card``, the milliseconds of a step for which the card works: what would be left if it never waited for the host.
+    """
     data = batch(images, size)
     variants = []
     for name in names:
@@ -44,7 +47,9 @@ def measure(names: List[str], arch: str, rank: int, images: int, size: int, roun
         for variant in variants:
             for _ in range(3):
                 variant.repeat(data)
-    return [{**variant.row(), **variant.sizes()} for variant in variants]
+    rows = [variant.row() for variant in variants]
+    card = [sum(ms for ms, _ in on_card(variant, data).values()) for variant in variants]
+    return [dict(row, card=ms, **variant.sizes()) for row, ms, variant in zip(rows, card, variants)]
 
 
 def measure_settings(names: List[str], data_root: str, arch: str, rank: int, images: int,

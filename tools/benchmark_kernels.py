@@ -65,13 +65,18 @@ def kernels(names: List[str], arch: str, rank: int, images: int, size: int) -> D
         variant = Variant(name, arch, rank)
         for _ in range(3):
             variant.repeat(data)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            for _ in range(3):
-                variant.repeat(data)
-        averages = [event for event in profile.key_averages() if event.self_device_time_total and '#' not in event.key]
-        result[name] = {event.key: [event.self_device_time_total / 3000, event.count / 3] for event in averages}
+        result[name] = on_card(variant, data)
         del variant
     return result
+
+
+def on_card(variant: Variant, data: Dict[str, Any]) -> Dict[str, List[float]]:
+    """By kernel: milliseconds and launches of a step on the card, whatever the host takes; from three steps."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(3):
+            variant.repeat(data)
+    averages = [event for event in profile.key_averages() if event.self_device_time_total and '#' not in event.key]
+    return {event.key: [event.self_device_time_total / 3000, event.count / 3] for event in averages}
 
 
 def operator_calls(images: int, size: int, dtype: torch.dtype,

@@ -35,6 +35,26 @@ def test_settings_are_measured_on_what_their_dataloaders_give(monkeypatch, tiny_
     assert steps == [(name, 2) for _ in range(3) for name in names for _ in range(2)]
 
 
+def test_rows_of_the_variants(monkeypatch):
+    """Turns of three steps, after three that do not count."""
+    steps = []
+
+    def step(variant, data):
+        steps.append(variant.name)
+        variant.times.append(dict.fromkeys(benchmark.PARTS, 2.))
+
+    monkeypatch.setattr(BaseModel, 'cuda', lambda self: self)
+    monkeypatch.setattr('benchmark_variants.build_optim_wrapper', lambda model, cfg: None)
+    monkeypatch.setattr(benchmark.Variant, 'repeat', step)
+    monkeypatch.setattr(benchmark, 'on_card', lambda variant, data: dict(a=[1.5, 2.], b=[.5, 9.]))
+    names = ['frozen fast', 'liera fast']
+    rows = benchmark.measure(names, 'atto', 2, images=1, size=64, rounds=2)
+    assert steps == 3 * [name for name in names for _ in range(3)]
+    assert [row['variant'] for row in rows] == names
+    assert all(row['ms'] == 2 * len(benchmark.PARTS) and row['card'] == 2 for row in rows)
+    assert rows[0]['trainable_m'] < rows[1]['trainable_m']
+
+
 def test_settings_without_data(tmp_path):
     with pytest.raises(SetupError, match=rf'The train data set is missing: {tmp_path}/annotations/instances_train2017.json'):
         benchmark.measure_settings(['watched'], str(tmp_path), 'atto', 2, images=2, rounds=2)
