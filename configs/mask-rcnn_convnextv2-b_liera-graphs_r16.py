@@ -1,5 +1,5 @@
 # Steps that do not wait for the host (docs/performance.md): images of one size, CUDA graphs of all that comes before the
-# proposals, and heads that take a batch at once
+# proposals, and heads that take a batch at once. Not tested on a GPU yet
 _base_ = 'mask-rcnn_convnextv2-b_liera_r16.py'
 
 model = dict(
