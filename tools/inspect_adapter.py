@@ -3,7 +3,7 @@
 
 Prints a table and draws it: rank and size of the weight's change, |Δ|, the error of the Taylor form, sign changes, and
 where the factors outnumber the weights. CHECKPOINT is one of tools/train.py, whose config lies beside it, or an adapter
-file.
+file, whose card it prints too.
 """
 import argparse
 import math
@@ -14,6 +14,7 @@ from typing import List, Optional, Sequence
 
 # Before anything of MMDetection, which may need the operators that liera_mm stands in for
 import liera_mm
+from liera_mm.core.checkpoint import adapter_card
 from liera_mm.core.errors import SetupError
 from liera_mm.core.report import QUANTILES, LayerReport
 from liera_mm.core.text import sizes, table_lines
@@ -252,6 +253,8 @@ def main() -> None:
     check_checkpoint(str(args.checkpoint))
     cfg = load_config(args.config or config_beside(args.checkpoint))
     backbone = load_backbone(cfg, args.checkpoint)
+    if args.checkpoint.suffix == '.safetensors':
+        print(adapter_card(args.checkpoint))
     reports = by_depth(liera_mm.layer_reports(backbone))
     print(table(reports))
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from mmengine.runner.base_loop import BaseLoop
 from torch import nn
 
 from ..core.adapted import adapter_names
+from ..core.card import Card
 from ..core.errors import SetupError
 from ..core.merging import merge, unmerge
 from ..core.report import range_report
@@ -20,6 +21,7 @@ from ..core.summary import summary
 from ..core.wrappers import in_shards
 from ..models.pretrained import RECORD, decode_record, pretrained_backbones
 from . import invariants
+from .adapter_file import AdapterFile
 from .checkpoint import CheckpointWithoutBase, random_state, set_random_state
 from .data import DataChecks
 from .param_groups import MergedGroups
@@ -39,16 +41,28 @@ class LieRAHook(Hook):
       while the model is in shards (see ``engine/sharding.py``), which this hook makes of it after the checks.
     - Parameter groups of the optimizer with equal settings are one while it trains (see ``engine/param_groups.py``).
     - Checkpoints leave out frozen weights that can be had again, and are never lost (see ``engine/checkpoint.py``).
+    - The end of a training leaves an adapter file with its card (see ``engine/adapter_file.py``).
     - A checkpoint to test or resume from must hold all the rest, and have been trained with the same settings.
     - A resumed training draws the random numbers that it would have drawn without the interruption, unless the number of
       processes is another.
     - All processes of a training begin with the tensors of the first, at the same iteration. The log says how long it will
       take from there, also if an epoch has more or fewer iterations than before it was resumed.
+
+    Args:
+        card: What the card of the adapter file says beside what a training knows, such as ``license`` and ``data``: entries
+            of :class:`liera_mm.core.card.Card`.
+
+    Raises:
+        SetupError: If a card has no such entry.
     """
     # Evaluation starts after, and ends before, the swap of weights by EMAHook and the checkpoint of CheckpointHook.
     priority = 'HIGH'
 
-    def __init__(self):
+    def __init__(self, card: Optional[Dict[str, Any]] = None):
+        unknown = sorted((card or {}).keys() - set(Card.__dataclass_fields__))
+        if unknown:
+            raise SetupError(f'The card of an adapter has no {unknown[0]}', f'It has {", ".join(Card.__dataclass_fields__)}')
+        self.card = card
         self.random_states: Optional[List[Dict[str, Any]]] = None  # of all processes
         self.loaded_from: Dict[str, Tuple[Dict[str, Optional[str]], Set[str]]] = {}
         self.frozen: Dict[str, str] = {}
@@ -56,9 +70,9 @@ class LieRAHook(Hook):
         self.merged_groups: Dict[str, MergedGroups] = {}
 
     def before_run(self, runner: Runner) -> None:
-        for kind in (CheckpointWithoutBase, DataChecks):
-            if not any(isinstance(hook, kind) for hook in runner.hooks):
-                runner.register_hook(kind())
+        for hook in (CheckpointWithoutBase(), DataChecks(), AdapterFile(self.card)):
+            if not any(isinstance(other, type(hook)) for other in runner.hooks):
+                runner.register_hook(hook)
         if isinstance(runner, FlexibleRunner) and not isinstance(runner.strategy, FullyShardStrategy):
             return  # MMEngine's strategies save where they like
         for hook in runner.hooks:

@@ -32,7 +32,10 @@ def inspect(monkeypatch, capsys):
     def run(*args):
         monkeypatch.setattr(sys, 'argv', ['inspect_adapter.py', *map(str, args)])
         tool.main()
-        header, *lines = re.search(r'^layer .*', capsys.readouterr().out, re.DOTALL | re.MULTILINE)[0].splitlines()
+        printed = capsys.readouterr().out
+        card = args[0].with_suffix('.md').read_text() if args[0].suffix == '.safetensors' else ''
+        assert card in printed and ('library_name' in printed) == bool(card)
+        header, *lines = re.search(r'^layer .*', printed, re.DOTALL | re.MULTILINE)[0].splitlines()
         end = lines.index('')
         names = re.split(r'\s{2,}', header)
         rows = [dict(zip(names, re.split(r'\s{2,}', line))) for line in lines[:end]]
