@@ -16,8 +16,8 @@ from ..models.graphs import Graphs
 class CUDAGraphHook(Hook):
     """Replays parts of a model from CUDA graphs while it trains (see :class:`~liera_mm.models.graphs.Graphs`).
 
-    It pays where images are padded to few sizes. On the CPU, in shards, and with batch norms that communicate, the model
-    trains without graphs, and the log says so.
+    For images that are padded to few sizes. On the CPU, in shards, and with batch norms that communicate, the model trains
+    without graphs, and the log says so. Not tested on a GPU yet.
 
     Args:
         modules: Names of the modules, each with graphs of its own.
