@@ -237,6 +237,12 @@ BAD_INPUTS = {
         options(**{'train_dataloader.dataset.filter_cfg.min_size': 200}), '6 of them smaller'),
     'other categories': (annotations(rename_categories), 'lacks 10 classes'),
     'other categories to test on': (both(evaluate(), annotations(rename_categories, 'val')), 'lacks 10 classes'),
+    'class names in other capitals': (
+        both(annotations(lambda content: [c.update(name=f'Digit {c["name"]}') for c in content['categories']]),
+             config(DIGITS, "train_dataloader = dict(dataset=dict(metainfo=dict(classes=('digit 0', 'digit 1'))))")),
+        "Did you mean 'Digit 0' by 'digit 0'?"),
+    'no metainfo': (
+        config(DIGITS, 'train_dataloader = dict(dataset=dict(metainfo=dict(_delete_=True)))'), 'lacks 80 classes'),
     'classes without a comma': (
         config(DIGITS, "classes = ('balloon')\nfor_all = dict(dataset=dict(metainfo=dict(classes=classes)))\n"
                "train_dataloader = val_dataloader = for_all"), "classes='balloon'"),
