@@ -8,7 +8,7 @@ strides = [8, 16, 32, 64, 128]
 model = dict(
     backbone=dict(
         backbone=dict(out_indices=(2, 4, 7)),
-        liera=dict(rank=8, alpha=32, overrides=[dict(targets=['depthwise'], method='dense')])),
+        liera=dict(rank=8, overrides=[dict(targets=['depthwise'], method='dense')])),
     neck=dict(in_channels=[32, 96, 1280], num_outs=len(strides)),
     rpn_head=dict(anchor_generator=dict(octave_base_scale=2, strides=strides)),
     roi_head=dict(bbox_roi_extractor=dict(featmap_strides=strides[:3]), bbox_head=dict(num_classes=None)))

@@ -1,4 +1,4 @@
-# LieRA, rank 8, on blood cells
+# LieRA, rank 8, and Δ itself on depthwise kernels, on blood cells
 _base_ = '../_base_/faster-rcnn_mobilenetv2_cells.py'
 
-model = dict(backbone=dict(liera=dict(rank=8, alpha=32)))
+model = dict(backbone=dict(liera=dict(rank=8, overrides=[dict(targets=['depthwise'], method='dense')])))

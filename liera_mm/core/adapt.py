@@ -2,7 +2,7 @@
 import collections
 import functools
 import logging
-from typing import Any, Dict, Iterable, List, Mapping, Sequence, Set, Tuple, Union
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ logger = logging.getLogger('liera_mm')
 @functools.partial(through_wrappers, does='adds')
 def adapt(model: nn.Module,
           rank: int = 16,
-          alpha: float = 32,
+          alpha: Optional[float] = None,
           method: str = 'lora',
           update: str = 'taylor',
           scale: str = 'relative',
@@ -44,7 +44,7 @@ def adapt(model: nn.Module,
         model: Any module; for a detector, its backbone.
         rank: Rank r of the low-rank factors, at least 1; of ``tucker``, that of the channels; of ``atom``, the number of
             atoms.
-        alpha: Numerator of the scale alpha / rank of Δ.
+        alpha: Numerator of the scale alpha / rank of Δ; by default twice the rank, of each layer.
         method: How Δ is parameterised: ``lora``, ``pissa``, ``milora`` or ``dora`` (low-rank factors), ``tucker`` (FLoRA: a
             core, and a factor for each dimension of the weight), ``atom`` (a few filters, of which every kernel is a fixed
             combination; ``atom-pissa``: one that trains), or ``dense``. See docs/methods.md.
@@ -79,6 +79,10 @@ def adapt(model: nn.Module,
     """
     if any(adapted_layers(model)):
         raise ValueError('this model is adapted already: export() it first, or adapt a fresh one')
+    if alpha is None:
+        alpha, overrides = _alpha_of(rank), [
+            {'alpha': _alpha_of(override['rank']), **override} if isinstance(override, Mapping) and 'rank' in override
+            else override for override in overrides]
     settings = dict(rank=rank, alpha=alpha, method=method, update=update, scale=scale, kernel_rank=kernel_rank)
     _check_settings(settings)
     if train_bias not in (True, False, 'all'):
@@ -163,6 +167,11 @@ def _choose(model: nn.Module, targets: Sequence[str], matched: Sequence[str], se
     if refused and not chosen:
         raise next(iter(refused.values()))
     return chosen, refused, zero
+
+
+def _alpha_of(rank: Any) -> Any:
+    """The alpha of a rank, where none is given; of what is none, whatever it is."""
+    return 2 * rank if isinstance(rank, int) else rank
 
 
 def _check_settings(settings: Dict[str, Any]) -> None:

@@ -123,6 +123,15 @@ def test_overrides(net, overrides, expected):
     assert len(names(net)) == 8
 
 
+@pytest.mark.parametrize(('override', 'alpha'), [
+    ({}, 6), ({'rank': 5}, 10), ({'rank': 5, 'alpha': 1}, 1), ({'alpha': 1}, 1)])
+def test_alpha_goes_with_the_rank(net, override, alpha):
+    """Unless it is given."""
+    adapt(net, rank=3, overrides=[{'targets': ['head'], **override}])
+    assert net.head.adapter.scale == alpha / override.get('rank', 3) and net.stem[0].adapter.scale == 2
+    assert net.liera['alpha'] == 6
+
+
 # What is refused
 
 

@@ -85,7 +85,7 @@ def settings(args: argparse.Namespace, seed: int, worlds: Sequence[str], methods
             options = [(key, value) for key, value in sorted(args.cfg_options.items())
                        if method in ADAPTERS or not key.startswith(LIERA)]
             yield Run(world, method, lr or cfg.optim_wrapper.optimizer.lr, ours,
-                      ours and (number(alpha, ours) if alpha else liera.alpha), tuple(options), seed)
+                      ours and (number(alpha, ours) if alpha else liera.get('alpha', 2 * ours)), tuple(options), seed)
 
 
 def number(alpha: str, rank: int) -> float:
