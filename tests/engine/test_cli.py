@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from mmengine.config import Config
+from mmengine.registry import MODELS
 
 from liera_mm.core.errors import SetupError
 from liera_mm.engine import cli
@@ -223,3 +224,26 @@ def test_missing_checkpoint(tmp_path):
     (tmp_path / 'epoch_12.pth').touch()
     assert str(tmp_path / 'epoch_12.pth') in problem_of(cli.check_checkpoint, str(tmp_path / 'epoch_13.pth'))[1]
     cli.check_checkpoint(str(tmp_path / 'epoch_12.pth'))
+
+
+class Refuses:
+    """A class of the user, who wants to see where it fails."""
+
+    def __init__(self):
+        raise ValueError('not like this')
+
+
+@pytest.mark.parametrize('fails', [
+    lambda: MODELS.build(dict(type=Refuses)),
+    lambda: MODELS.build(dict(type='mmdet.SingleStageDetector', backbone=dict(type=Refuses))),
+    lambda: 1 / 0,
+], ids=['built', 'within what is built', 'not built'])
+def test_tracebacks_of_other_code_are_seen(fails):
+    with pytest.raises((ValueError, ZeroDivisionError)):
+        cli.exit_clearly(fails)
+
+
+def test_what_openmmlab_refuses_to_build():
+    with pytest.raises(SystemExit) as end:
+        cli.exit_clearly(lambda: MODELS.build(dict(type='mmdet.ResNet', depth=7)))
+    assert end.value.code.splitlines()[0] == 'The mmdet.ResNet of the config cannot be built: invalid depth 7 for resnet'
