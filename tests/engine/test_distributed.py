@@ -145,9 +145,9 @@ def test_what_each_process_holds(trained):
         assert all(.45 < share / size < .55 for share, size in zip(process['held'], all_of_it))
 
 
-@pytest.mark.parametrize('setting', ['pissa', 'dora'])
+@pytest.mark.parametrize('setting', ['pissa', 'dora', 'atom'])
 def test_processes_start_with_the_tensors_of_the_first(run, tmp_path, setting):
-    """Even if they are given other weights, of which the starts of PiSSA and DoRA are computed."""
+    """Even if they are given other weights, of which the starts of PiSSA, DoRA and atoms are computed."""
     backbone = MODELS.build(classifier(tmp_path, 'full').model.backbone)
     backbone.init_weights()
     for rank in range(2):

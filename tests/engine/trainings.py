@@ -35,6 +35,8 @@ SETTINGS = {
     'norms': dict(rank=2, alpha=.1, train_norm=True, train_bias=True),
     'pissa': dict(rank=2, alpha=.1, method='pissa'),
     'dora': dict(rank=2, alpha=.1, method='dora'),
+    'tucker': dict(rank=2, alpha=3, method='tucker'),  # or its factors of size one would not move in four steps
+    'atom': dict(rank=2, alpha=.1, method='atom'),
     'wrapped': dict(rank=2, alpha=.1),
 }
 SHARDS = dict(runner_type='FlexibleRunner', strategy=dict(type='FullyShardStrategy'))
