@@ -51,6 +51,8 @@ def read_json(path: str) -> Any:
     try:
         with open(path, 'rb') as file:
             return json.loads(file.read())
+    except IsADirectoryError:
+        raise SetupError(f'{path} is a folder, and no file of annotations', 'Give the path of the file') from None
     except ValueError as error:
         raise SetupError(f'{path} is no JSON file, or a damaged one: {error}', 'Put an intact one there') from None
 

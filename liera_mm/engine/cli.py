@@ -59,7 +59,7 @@ def _build_error(error: Exception) -> Sequence[str]:
     if not builds:
         return ()
     name, message = builds[-1].f_locals.get('obj_type'), ' '.join(str(error.args[0] if error.args else '').split())
-    name = getattr(name, '__name__', name)
+    name = getattr(name, '__name__', name) or 'part without a type'
     call = re.search(r"\) got an unexpected keyword argument '(\w+)'", message)
     if isinstance(error, TypeError) and call:
         return (f'The config has a {name}, or something made of it, with {call[1]}=..., which that does not take',
@@ -195,18 +195,7 @@ def check_data(cfg: Config, splits: List[str], keep: bool = False) -> None:
     for split in splits:
         for dataset in datasets_of(cfg.get(f'{split}_dataloader') or {}):
             root = dataset.get('data_root') or ''
-            prefix = dataset.get('data_prefix') or ''
-            images = prefix if isinstance(prefix, str) else prefix.get('img') or prefix.get('img_path', '')
-            if isinstance(dataset.get('ann_file'), (list, tuple)):
-                raise SetupError(f'The {split} data set has several files for ann_file, and reads one',
-                                 "Give each a data set of its own: dataset=dict(type='ConcatDataset', datasets=[...])")
-            sub_root = '' if isinstance(prefix, str) else prefix.get('sub_data_root')
-            for path in (dataset.get('ann_file'), images, sub_root):
-                path = path and osp.join(root, path)
-                if path and '://' not in path and not osp.exists(path):
-                    raise SetupError(
-                        f'The {split} data set is missing: {path}', 'Put it there, or say where it is with --cfg-options '
-                        f'data_root=FOLDER (now {cfg.get("data_root") or root or "unset"})')
+            _check_paths(split, dataset, cfg.get('data_root') or root or 'unset')
             cls = dataset_class(dataset)
             if cls is not None and issubclass(cls, BaseDetDataset):
                 classes_of(split, dataset, cls)
@@ -214,9 +203,34 @@ def check_data(cfg: Config, splits: List[str], keep: bool = False) -> None:
                 check_coco(split, dataset, keep)
             if cls is not None and reads_voc(cls) and '://' not in root and not dataset.get('backend_args'):
                 check_voc(split, dataset)
-            if dataset['type'] == 'CustomDataset' and dataset.get('ann_file') and classes and '://' not in root:
-                _check_samples(osp.join(root, dataset['ann_file']), osp.join(root, images), classes)
+            if dataset.get('type') == 'CustomDataset' and dataset.get('ann_file') and classes and '://' not in root:
+                _check_samples(osp.join(root, dataset['ann_file']), osp.join(root, _prefixes(dataset)[0]), classes)
         _check_evaluators(cfg, split)
+
+
+def _check_paths(split: str, dataset: Dict[str, Any], root: str) -> None:
+    """Check that the annotations and folders of a data set are there; ``root`` is what the config has for data_root."""
+    prefix, ann_file = dataset.get('data_prefix'), dataset.get('ann_file')
+    cls = dataset_class(dataset)
+    if isinstance(ann_file, (list, tuple)):
+        raise SetupError(f'The {split} data set has several files for ann_file, and reads one',
+                         "Give each a data set of its own: dataset=dict(type='ConcatDataset', datasets=[...])")
+    if prefix and isinstance(prefix, str) and cls is not None and issubclass(cls, BaseDetDataset):
+        raise SetupError(f'data_prefix={prefix!r} of the {split} data set, a {cls.__name__}, is a text',
+                         f'Write data_prefix=dict(img={prefix!r})')
+    for path in (ann_file, *_prefixes(dataset)):
+        path = path and osp.join(dataset.get('data_root') or '', path)
+        if path and '://' not in path and not osp.exists(path):
+            raise SetupError(f'The {split} data set is missing: {path}',
+                             f'Put it there, or say where it is with --cfg-options data_root=FOLDER (now {root})')
+
+
+def _prefixes(dataset: Dict[str, Any]) -> Tuple[str, str]:
+    """The folder of a data set's images, and that of all its files in Pascal VOC's layout; below its data_root."""
+    prefix = dataset.get('data_prefix') or {}
+    if isinstance(prefix, str):
+        return prefix, ''
+    return prefix.get('img') or prefix.get('img_path', ''), prefix.get('sub_data_root', '')
 
 
 def _check_evaluators(cfg: Config, split: str) -> None:
@@ -224,7 +238,8 @@ def _check_evaluators(cfg: Config, split: str) -> None:
     for key, evaluator in dicts(cfg.get(f'{split}_evaluator'), f'{split}_evaluator'):
         for option, what in (('ann_file', 'annotation file'), ('seg_prefix', 'folder of segments')):
             path = evaluator.get(option)
-            if isinstance(path, str) and '://' not in path and not osp.exists(path):
+            there = osp.isfile if option == 'ann_file' else osp.isdir
+            if isinstance(path, str) and '://' not in path and not there(path):
                 raise SetupError(f'The {what} of the {split} evaluator is missing: {path}',
                                  f'Give it that of its data set: --cfg-options {key}.{option}=PATH')
         kind = re.sub(r"\W+$", '', str(evaluator.get('type')))

@@ -23,7 +23,7 @@ def check_files(ann_file: str, folder: str, names: Sequence[str], what: str, rem
                if osp.basename(name) not in listing(osp.dirname(osp.join(folder, name)))]
     if missing:
         raise SetupError(f'{len(missing)} of {len(names)} {what} of {ann_file} are missing, the first is '
-                         f'{osp.join(folder, missing[0])}', remedy)
+                         f'{osp.join(folder, missing[0]):.300}', remedy)
 
 
 def check_sizes(folder: str, images: Sequence[Dict[str, Any]], loader: Dict[str, Any]) -> None:

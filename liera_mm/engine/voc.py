@@ -41,6 +41,9 @@ def check_voc(split: str, dataset: Dict[str, Any]) -> None:
     names = list_from_file(path)
     if not any(names):
         raise SetupError(f'{path} is empty', 'It needs a line for each image: its name, without .jpg')
+    if names[0].startswith(('{', '[')):
+        raise SetupError(f'{path} is a JSON file, and the {cls.__name__} of the {split} data set reads a list of images',
+                         "For annotations in COCO's format, take a CocoDataset")
     folder = osp.join(root, (dataset.get('data_prefix') or {}).get('sub_data_root', ''))
     annotations = osp.join(folder, dataset.get('ann_subdir', 'Annotations'))
     check_files(path, annotations, [f'{name}.xml' for name in names], 'annotations',

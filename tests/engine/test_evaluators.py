@@ -90,7 +90,12 @@ def test_segments_of_evaluators(tmp_path):
         check_data(Config(dict(val_evaluator=evaluator)), ['val'])
 
 
-def test_several_files_of_one_data_set():
-    dataset = dict(type='CocoDataset', ann_file=['a.json', 'b.json'])
-    with pytest.raises(SetupError, match='several files for ann_file(.|\n)*ConcatDataset'):
-        check_data(Config(dict(train_dataloader=dict(dataset=dataset))), ['train'])
+@pytest.mark.parametrize('changes, problem', [
+    (dict(ann_file=['a.json', 'b.json']), 'several files for ann_file(.|\n)*ConcatDataset'),
+    (dict(ann_file=''), 'a CocoDataset, has no ann_file'),
+    (dict(ann_file='annotations'), 'annotations is a folder'),
+    (dict(data_prefix='train2017/'), r"is a text(.|\n)*data_prefix=dict\(img='train2017/'\)"),
+])
+def test_paths_of_data_sets(digits, changes, problem):
+    with pytest.raises(SetupError, match=problem):
+        check_data(Config(dict(train_dataloader=dict(dataset=dict(coco(digits, 'train'), **changes)))), ['train'])

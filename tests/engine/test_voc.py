@@ -51,6 +51,8 @@ WRONG = {
     'an empty image set': (edit('ImageSets/Main/train.txt', lambda text: ''), 'train.txt is empty'),
     'labels in the image set': (
         edit('ImageSets/Main/train.txt', lambda text: 'a1  1\na2 -1\n'), '2 of 2 annotations of .*a1  1.xml'),
+    'JSON for an image set': (
+        edit('ImageSets/Main/train.txt', lambda text: '{"images": []}'), 'JSON file, and the VOCDataset of the train data'),
     'no XML file': (remove(XML_1), '1 of 2 annotations of .* are missing, the first is .*a1.xml'),
     'no image': (remove('JPEGImages/a2.jpg'), '1 of 2 images of .* are missing, the first is .*a2.jpg'),
     'a torn XML file': (edit(XML_1, lambda text: text[:-20]), 'a1.xml is no XML file'),
