@@ -50,6 +50,26 @@ def range_report(model: nn.Module) -> RangeReport:
     return RangeReport(largest, where, changed / max(taylor_weights, 1), zeros)
 
 
+@functools.partial(through_wrappers, does='reads')
+@torch.no_grad()
+def delta_histograms(model: nn.Module, exponents: List[float]) -> List[Tuple[str, List[float]]]:
+    """For every adapted layer its name, and the shares of the entries of Δ by their size.
+
+    Args:
+        model: The adapted model.
+        exponents: Edges of the bins of |Δ|, as powers of ten in rising order; the outermost bins take what lies beyond.
+
+    Returns:
+        Shares of all bins, which sum to 1; those of entries that are not finite are in the last.
+    """
+    inner, histograms = torch.tensor(exponents[1:-1], dtype=torch.float64), []
+    for name, layer in adapted_layers(model):
+        sizes = layer.adapter().abs().double().log10().nan_to_num(torch.inf, neginf=-torch.inf).flatten().cpu()
+        counts = torch.bincount(torch.bucketize(sizes, inner, right=True), minlength=len(exponents) - 1)
+        histograms.append((name, (counts / sizes.numel()).tolist()))
+    return histograms
+
+
 class LayerReport(NamedTuple):
     """What training has done to one layer's weight W. Norms are Frobenius norms.
 

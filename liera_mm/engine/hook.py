@@ -24,6 +24,7 @@ from . import invariants
 from .adapter_file import AdapterFile
 from .checkpoint import CheckpointWithoutBase, random_state, set_random_state
 from .data import DataChecks
+from .delta_picture import add_delta_picture
 from .param_groups import MergedGroups
 from .sharding import FullyShardStrategy
 from .watches import GradientWatch, LossWatch
@@ -36,7 +37,8 @@ class LieRAHook(Hook):
     - Before training: exactly the intended tensors train and are in the optimizer, no frozen weight is random, and all are
       finite. The summary table is logged once. ``DataChecks`` looks at data sets, heads and evaluators.
     - While training: the invariants of ``engine/invariants.py`` and ``engine/watches.py``.
-    - After each training epoch: the largest |Δ|, the share of Δ <= -1 under ``taylor``, zero weights that cannot move.
+    - After each training epoch: the largest |Δ|, the share of Δ <= -1 under ``taylor``, zero weights that cannot move; and
+      for TensorBoard and the like a picture of every Δ (see ``engine/delta_picture.py``).
     - During validation and testing the perturbations are merged into the weights; after it the weights are restored. Not
       while the model is in shards (see ``engine/sharding.py``), which this hook makes of it after the checks.
     - Parameter groups of the optimizer with equal settings are one while it trains (see ``engine/param_groups.py``).
@@ -148,6 +150,7 @@ class LieRAHook(Hook):
                 'liera/zero_weights': report.zero_weights
             },
             step=runner.epoch + 1)
+        add_delta_picture(runner.visualizer, model, runner.epoch + 1)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         if self.watch_gradients is not None:
