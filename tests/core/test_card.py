@@ -61,9 +61,8 @@ def test_page(path, model):
 
 def test_the_use_that_it_says(path, model, net, tmp_path, monkeypatch):
     """The code of the page gives the adapter."""
-    from conftest import Net
     expected = model.state_dict()
-    fresh = Net().eval()
+    fresh = type(net)().eval()
     fresh.load_state_dict({name: tensor for name, tensor in expected.items() if '.adapter.' not in name})
     monkeypatch.chdir(tmp_path)
     exec(parts(path.with_suffix('.md').read_text())[2]['python'], dict(model=fresh))

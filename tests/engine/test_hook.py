@@ -273,7 +273,7 @@ class CpuAutocast(OptimWrapper):
     {'model.backbone.drop_path_rate': .2},
     {'optim_wrapper.accumulative_counts': 2},
     {'optim_wrapper.type': 'CpuAutocast'},
-    {'model.rpn_head.type': 'DeviceRPNHead', 'model.rpn_head.padded': True, 'model.roi_head.type': 'DeviceRoIHead',
+    {'model.rpn_head.type': 'DeviceRPNHead', 'model.roi_head.type': 'DeviceRoIHead',
      'model.roi_head.bbox_roi_extractor.type': 'DeviceRoIExtractor', 'optim_wrapper.type': 'CpuAutocast',
      'model.roi_head.mask_roi_extractor.type': 'DeviceRoIExtractor',
      'model.data_preprocessor.type': 'DeviceMaskPreprocessor'},

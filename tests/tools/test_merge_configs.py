@@ -31,7 +31,10 @@ SMALL = dict(
                 bbox_head=dict(in_channels=8, fc_out_channels=8, num_classes=1),
                 mask_roi_extractor=dict(out_channels=8),
                 mask_head=dict(in_channels=8, conv_out_channels=8, num_classes=1)))),
+    classification=dict(),
     digits=dict(),
+    own_data=dict(model=dict(roi_head=dict(bbox_head=dict(num_classes=1)))),
+    segmentation=dict(),
     transfer=dict(),
     vtab=dict(model=dict(backbone=dict(arch=dict(ARCH, _delete_=True), init_cfg=None), head=dict(in_channels=16))))
 
