@@ -1,4 +1,5 @@
 """tools/merge.py on every config: what it writes trains and tests in MMDetection without this package."""
+import copy
 import importlib.util
 import json
 import os.path as osp
@@ -73,7 +74,7 @@ def merged(tmp_path_factory):
             config.write_text(Config(dict(SMALL[path.parent.name], _base_=str(path))).pretty_text)
             cfg = Config.fromfile(config)
             with DefaultScope.overwrite_default_scope(cfg.default_scope):
-                torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict(), meta={}), checkpoint)
+                torch.save(dict(state_dict=MODELS.build(copy.deepcopy(cfg.model)).state_dict(), meta={}), checkpoint)
             files[name] = folder / f'{name}.pth'
             patch.setattr(tool, 'load_config', lambda *_, cfg=cfg: cfg)  # reading it again takes another
             patch.setattr(sys, 'argv', ['merge.py', str(config), str(checkpoint), str(files[name])])
