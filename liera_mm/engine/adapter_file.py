@@ -72,17 +72,23 @@ def training_card(name: str, backbone: nn.Module, dataset: Dataset, metrics: Map
         metrics: Of the last validation, on the COCO scale from 0 to 1 for instance; those that are -1 say nothing.
         scope: Of the config: ``mmdet`` or another.
     """
-    source = backbone.base.source if backbone.base else {}
-    file = source.get('checkpoint') or ''
-    if '://' not in file:
-        file = osp.basename(file)  # the folders are of the machine that it was trained on
     parts = [*parts_of(dataset)]
     return dict(
-        base_model=type(backbone).__name__,
-        base_source=file + (f', below {source["prefix"]}' if source.get('prefix') else ''),
+        base_card(backbone),
         data=f'{sum(map(len, parts)):,} images of {", ".join(sorted({type(part).__name__ for part in parts}))}',
         classes=[*(getattr(parts[0], 'metainfo', {}).get('classes') or ())],
         metrics={key: value for key, value in metrics.items() if value != -1},
         tags=['liera', 'parameter-efficient-fine-tuning', *([TASKS[scope]] if scope in TASKS else [])],
         versions=dict(mmengine=mmengine.__version__, mmcv=mmcv.__version__, mmdet=mmdet.__version__),
         notes=[f'It is of {name}. What was trained on top of that is in the checkpoint, and not in here.'])
+
+
+def base_card(backbone: nn.Module) -> Dict[str, str]:
+    """What a backbone of this package knows of its base; entries of :class:`liera_mm.core.card.Card`."""
+    source = backbone.base.source if backbone.base else {}
+    file = source.get('checkpoint') or ''
+    if '://' not in file:
+        file = osp.basename(file)  # the folders are of the machine that it was trained on
+    theirs = next(cls for cls in type(backbone).__mro__ if not cls.__module__.startswith('liera_mm'))
+    return dict(base_model=theirs.__name__,
+                base_source=file + (f', below {source["prefix"]}' if source.get('prefix') else ''))

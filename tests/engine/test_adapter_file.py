@@ -53,7 +53,7 @@ def test_card(trained):
     text = adapter_card(path)
     assert text == path.with_suffix('.md').read_text()
     front = yaml.safe_load(text.split('---')[1])
-    assert front['license'] == 'cc0-1.0' and front['base_model'] == 'LieRAConvNeXt' and 'object-detection' in front['tags']
+    assert front['license'] == 'cc0-1.0' and front['base_model'] == 'ConvNeXt' and 'object-detection' in front['tags']
     assert front['metrics'] == [*expected] and 'It is of backbone.' in text
 
 

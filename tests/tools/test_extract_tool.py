@@ -51,6 +51,8 @@ def test_a_merged_detector_is_found_again(monkeypatch, capsys, merged, tmp_path,
         assert not any('stages.0.0.depthwise_conv.weight' in name for name in read_checkpoint(out)['state_dict'])
         ours = liera_mm.export(init_detector(str(CONFIG), str(out), device='cpu'))
     else:
+        page = out.with_suffix('.md').read_text()
+        assert 'base_model: "ConvNeXt"' in page and f'extracted from {merged.name}' in page.replace('\\', '')
         with DefaultScope.overwrite_default_scope('mmdet'):
             model = MODELS.build(Config.fromfile(CONFIG).model)
         model.init_weights()
