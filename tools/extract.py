@@ -16,7 +16,6 @@ import liera_mm
 from liera_mm.core.errors import SetupError
 from liera_mm.core.extract import extract
 from liera_mm.core.text import table_lines
-from liera_mm.engine.adapter_file import base_card
 from liera_mm.engine.checkpoint import leave_out_base, read_checkpoint
 from liera_mm.engine.cli import check_checkpoint, check_weights, exit_clearly, load_config
 
@@ -58,7 +57,7 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.out.suffix == '.safetensors':
         note = f'It was extracted from {Path(args.checkpoint).name}.'
-        liera_mm.save_adapter(model.backbone, args.out, card=dict(base_card(model.backbone), notes=[note]))
+        liera_mm.save_adapter(model.backbone, args.out, card=dict(notes=[note]))
     else:
         meta = {key: value for key, value in checkpoint.get('meta', {}).items() if key != 'cfg'}
         out = dict(state_dict=model.state_dict(), meta=meta)

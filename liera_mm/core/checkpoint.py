@@ -45,13 +45,14 @@ def save_adapter(model: nn.Module, path: Union[str, os.PathLike], dtype: Optiona
         path: The safetensors file to write.
         dtype: Of floating-point tensors in the file, such as ``torch.float16`` for one of half the size; by default
             that of the model.
-        card: What a receiver has to know and the model does not: entries of :class:`liera_mm.core.card.Card`.
+        card: What a receiver has to know: entries of :class:`liera_mm.core.card.Card`, beside those that a model's
+            ``base_card()`` gives.
 
     Raises:
         ValueError: If a tensor has values that are not finite, or not in ``dtype``, or a metric of the card has none.
         TypeError: If the card has another entry.
     """
-    given = dict(card or {})
+    given = {**(model.base_card() if hasattr(model, 'base_card') else {}), **(card or {})}
     given['versions'] = {'liera_mm': __version__, 'torch': torch.__version__, **given.get('versions', {})}
     known = Card(**given)
     tensors = {}

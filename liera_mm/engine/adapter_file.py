@@ -1,6 +1,5 @@
 """The adapter file that a training leaves, with a card of what only a training knows."""
 import math
-import os.path as osp
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional
 
@@ -11,7 +10,6 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
-from torch import nn
 from torch.utils.data import Dataset
 
 from ..core.checkpoint import save_adapter
@@ -49,8 +47,7 @@ class AdapterFile(Hook):
         backbones = adapted_backbones(model)
         for name, backbone in backbones.items():
             path = Path(runner.work_dir, 'adapter.safetensors' if len(backbones) == 1 else f'adapter_{name}.safetensors')
-            card = training_card(name, backbone, runner.train_dataloader.dataset, self.metrics,
-                                 runner.cfg.get('default_scope'))
+            card = training_card(name, runner.train_dataloader.dataset, self.metrics, runner.cfg.get('default_scope'))
             if is_main_process() or in_shards(model):  # which all processes gather
                 try:
                     save_adapter(backbone, path, card={**card, **self.card})
@@ -61,34 +58,20 @@ class AdapterFile(Hook):
             hook.after_val_epoch(runner)
 
 
-def training_card(name: str, backbone: nn.Module, dataset: Dataset, metrics: Mapping[str, float],
-                  scope: Optional[str]) -> Dict[str, Any]:
+def training_card(name: str, dataset: Dataset, metrics: Mapping[str, float], scope: Optional[str]) -> Dict[str, Any]:
     """What a training knows of an adapter; entries of :class:`liera_mm.core.card.Card`.
 
     Args:
         name: Of the backbone in its detector.
-        backbone: With the adapter.
         dataset: What it was trained on.
         metrics: Of the last validation, on the COCO scale from 0 to 1 for instance; those that are -1 say nothing.
         scope: Of the config: ``mmdet`` or another.
     """
     parts = [*parts_of(dataset)]
     return dict(
-        base_card(backbone),
         data=f'{sum(map(len, parts)):,} images of {", ".join(sorted({type(part).__name__ for part in parts}))}',
         classes=[*(getattr(parts[0], 'metainfo', {}).get('classes') or ())],
         metrics={key: value for key, value in metrics.items() if value != -1},
         tags=['liera', 'parameter-efficient-fine-tuning', *([TASKS[scope]] if scope in TASKS else [])],
         versions=dict(mmengine=mmengine.__version__, mmcv=mmcv.__version__, mmdet=mmdet.__version__),
         notes=[f'It is of {name}. What was trained on top of that is in the checkpoint, and not in here.'])
-
-
-def base_card(backbone: nn.Module) -> Dict[str, str]:
-    """What a backbone of this package knows of its base; entries of :class:`liera_mm.core.card.Card`."""
-    source = backbone.base.source if backbone.base else {}
-    file = source.get('checkpoint') or ''
-    if '://' not in file:
-        file = osp.basename(file)  # the folders are of the machine that it was trained on
-    theirs = next(cls for cls in type(backbone).__mro__ if not cls.__module__.startswith('liera_mm'))
-    return dict(base_model=theirs.__name__,
-                base_source=file + (f', below {source["prefix"]}' if source.get('prefix') else ''))

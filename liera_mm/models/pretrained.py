@@ -84,6 +84,16 @@ class PretrainedBackbone:
         frozen = {name for name, _ in self.named_parameters() if name not in trained}
         self.base = Base(source, {name: digest(state[name]) for name in state if name in frozen & names})
 
+    def base_card(self) -> Dict[str, str]:
+        """What is known of the base of an adapter: entries of :class:`liera_mm.core.card.Card`."""
+        source = self.base.source if self.base else {}
+        file = source.get('checkpoint') or ''
+        if '://' not in file:
+            file = os.path.basename(file)  # the folders are of this machine
+        theirs = next(cls for cls in type(self).__mro__ if not cls.__module__.startswith('liera_mm'))
+        return dict(base_model=theirs.__name__,
+                    base_source=file + (f', below {source["prefix"]}' if source.get('prefix') else ''))
+
     def base_in_place(self) -> bool:
         """Whether the frozen tensors that came from the source of :attr:`base` are still those."""
         return self.base is not None and not self._other_tensors(self.base.fingerprint)

@@ -14,6 +14,7 @@ from liera_mm.core.errors import SetupError
 from liera_mm.engine.adapter_file import training_card
 from liera_mm.engine.checkpoint import read_checkpoint
 from liera_mm.engine.hook import LieRAHook
+from liera_mm.models.pretrained import PretrainedBackbone
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'on_the_cpu')
 
@@ -58,13 +59,19 @@ def test_card(trained):
 
 
 def test_folders_of_the_machine_are_no_part_of_the_card():
-    backbone, images = BaseModule(), torch.utils.data.TensorDataset(torch.zeros(3))
-    backbone.base = type('Base', (), dict(source=dict(checkpoint='/home/me/weights.pth', prefix=None)))
-    card = training_card('backbone', backbone, images, dict(a=-1, b=.5), 'mine')
-    assert card['base_source'] == 'weights.pth' and card['metrics'] == dict(b=.5) and card['classes'] == []
+    class Backbone(PretrainedBackbone, BaseModule):
+        pass
+
+    backbone = Backbone()
+    assert backbone.base_card() == dict(base_model='Backbone', base_source='')
+    backbone.set_base(dict(checkpoint='/home/me/weights.pth', prefix=None), set())
+    assert backbone.base_card()['base_source'] == 'weights.pth'
+
+
+def test_data_without_classes():
+    card = training_card('backbone', torch.utils.data.TensorDataset(torch.zeros(3)), dict(a=-1, b=.5), 'mine')
+    assert card['metrics'] == dict(b=.5) and card['classes'] == []
     assert card['data'] == '3 images of TensorDataset' and card['tags'] == ['liera', 'parameter-efficient-fine-tuning']
-    backbone.base = None
-    assert training_card('backbone', backbone, images, {}, 'mine')['base_source'] == ''
 
 
 def test_what_no_card_has():
