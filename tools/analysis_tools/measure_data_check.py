@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, Dict
 from unittest.mock import patch
 
-import numpy as np
-from mmdet.datasets import CocoDataset
-
+# Before anything of MMDetection, which may need the operators that liera_mm stands in for
 from liera_mm.engine import annotations as coco
 from liera_mm.engine.data_files import check_coco
+
+# isort: split
+import numpy as np
+from mmdet.datasets import CocoDataset
 
 PIPELINE = [dict(type='LoadAnnotations', with_bbox=True, with_mask=True)]
 
