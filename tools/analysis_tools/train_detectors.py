@@ -15,7 +15,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict
 
 import torch
 from torchvision.models import resnet50
@@ -40,7 +40,7 @@ train_dataloader = dict(batch_size=2, num_workers=1)
 val_dataloader = dict(num_workers=1, dataset=dict(indices={images}))
 train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters={steps}, val_interval={steps})
 param_scheduler = []
-log_processor = dict(by_epoch=False)
+log_processor = dict(by_epoch=False, window_size=1)
 default_hooks = dict(logger=dict(interval=1), checkpoint=dict(by_epoch=False, interval={steps}))
 '''
 # Of ten digits and no object
@@ -79,15 +79,12 @@ def last_error(log: str) -> str:
     return next((line for line in reversed(lines) if re.match(r'[\w.]*(Error|Exception)\b', line)), '; '.join(lines[-2:]))
 
 
-def table(rows: List[Dict[str, object]]) -> List[str]:
-    """A row of Markdown for every training."""
-    lines = ['| detector | steps | loss, first and last | median ms a step | peak MiB | validation |', '| --- ' * 6 + '|']
-    for row in rows:
-        losses = ', '.join(f'{loss:.2f}' for loss in row['losses'][::max(1, len(row['losses']) - 1)])
-        time = f'{1000 * statistics.median(row["seconds"]):.0f}' if row['seconds'] else ''
-        found = row['error'] or ', '.join(f'{metric} {value:.3f}' for metric, value in row['metrics'].items())
-        lines.append(f'| {row["name"]} | {len(row["losses"])} | {losses} | {time} | {row["memory"]} | {found} |')
-    return lines
+def line(row: Dict[str, object]) -> str:
+    """A training as a row of Markdown."""
+    losses = ', '.join(f'{loss:.2f}' for loss in row['losses'][::max(1, len(row['losses']) - 1)])
+    time = f'{1000 * statistics.median(row["seconds"]):.0f}' if row['seconds'] else ''
+    found = row['error'] or ', '.join(f'{metric} {value:.3f}' for metric, value in row['metrics'].items())
+    return f'| {row["name"]} | {len(row["losses"])} | {losses} | {time} | {row["memory"]} | {found} |'
 
 
 def main() -> None:
@@ -104,10 +101,15 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     torch.save(resnet50().state_dict(), args.out / 'resnet50.pth')
+    print('| detector | steps | loss, first and last | median ms a step | peak MiB | validation |')
+    print('| --- ' * 6 + '|', flush=True)
+    failed = []
     with ThreadPoolExecutor(args.jobs) as pool:
-        rows = list(pool.map(lambda name: train(name, args, False), args.names))
-    rows += [train(row['name'], args, True) for row in rows if row['error']]
-    print('\n'.join(table(rows)))
+        for row in pool.map(lambda name: train(name, args, False), args.names):
+            print(line(row), flush=True)
+            failed += [row['name']] if row['error'] else []
+    for name in failed:
+        print(line(train(name, args, True)), flush=True)
 
 
 if __name__ == '__main__':
