@@ -39,7 +39,6 @@ randomness = dict(seed=0)
 train_dataloader = dict(batch_size=2, num_workers=1)
 val_dataloader = dict(num_workers=1, dataset=dict(indices={images}))
 train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters={steps}, val_interval={steps})
-param_scheduler = []
 log_processor = dict(by_epoch=False, window_size=1)
 default_hooks = dict(logger=dict(interval=1), checkpoint=dict(by_epoch=False, interval={steps}))
 '''
