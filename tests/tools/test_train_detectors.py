@@ -13,7 +13,7 @@ detectors = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(detectors)
 
 SCALARS = [dict(loss=3.5, time=2, memory=900, step=1), dict(loss=2.5, time=1, memory=1000, step=2),
-           {'coco/bbox_mAP': .25, 'step': 2}]
+           {'coco/bbox_mAP': .25, 'time': 1, 'step': 2}]
 
 
 @pytest.mark.parametrize('scalars, code, log, row', [
@@ -21,6 +21,7 @@ SCALARS = [dict(loss=3.5, time=2, memory=900, step=1), dict(loss=2.5, time=1, me
     (SCALARS[:1], 1, 'a\ntorch.AcceleratorError: busy\nsearch the web\n',
      '| FCOS | 1 | 3.50 | 2000 | 900 | 1: torch.AcceleratorError: busy |'),
     (SCALARS[:2], 0, 'a\nb\nc\n', '| FCOS | 2 | 3.50, 2.50 | 1500 | 1000 | 0: b; c |'),
+    ([*SCALARS[:2], dict(time=1)], 0, '', '| FCOS | 2 | 3.50, 2.50 | 1500 | 1000 | done, no detections |'),
     ([], None, '', '| FCOS | 0 |  |  | 0 | more than 9 s:  |'),
 ])
 def test_row(scalars, code, log, row, tmp_path, monkeypatch):

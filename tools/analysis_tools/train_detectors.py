@@ -65,8 +65,9 @@ def train(name: str, args: argparse.Namespace, blocking: bool) -> Dict[str, obje
     scalars = [json.loads(line) for path in work_dir.glob('*/vis_data/scalars.json')
                for line in path.read_text().splitlines()]
     steps = [row for row in scalars if 'loss' in row]
-    metrics = {metric: value for row in scalars for metric, value in row.items() if metric.endswith('_mAP')}
-    done = code == 0 and len(steps) == args.steps and metrics
+    validations = [row for row in scalars if 'time' in row and 'loss' not in row]
+    metrics = {metric: value for row in validations for metric, value in row.items() if metric.endswith('_mAP')}
+    done = code == 0 and len(steps) == args.steps and validations
     return dict(name=work_dir.name, losses=[row['loss'] for row in steps], seconds=[row['time'] for row in steps],
                 memory=max((row.get('memory', 0) for row in steps), default=0), metrics=metrics,
                 error=None if done else f'{code}: {last_error(work_dir.with_suffix(".log").read_text())}')
@@ -82,8 +83,8 @@ def line(row: Dict[str, object]) -> str:
     """A training as a row of Markdown."""
     losses = ', '.join(f'{loss:.2f}' for loss in row['losses'][::max(1, len(row['losses']) - 1)])
     time = f'{1000 * statistics.median(row["seconds"]):.0f}' if row['seconds'] else ''
-    found = row['error'] or ', '.join(f'{metric} {value:.3f}' for metric, value in row['metrics'].items())
-    return f'| {row["name"]} | {len(row["losses"])} | {losses} | {time} | {row["memory"]} | {found} |'
+    found = ', '.join(f'{metric} {value:.3f}' for metric, value in row['metrics'].items()) or 'done, no detections'
+    return f'| {row["name"]} | {len(row["losses"])} | {losses} | {time} | {row["memory"]} | {row["error"] or found} |'
 
 
 def main() -> None:
