@@ -116,7 +116,7 @@ class Pissa(LowRank):
         if not is_intact(weight):
             return
         a, b = (factor.to(self.A.dtype) for factor in self.start(weight.detach().reshape(self.matrix), len(self.A)))
-        self.A[:len(a)], self.B[:, :len(a)] = a, b
+        self.A[:len(a)], self.B.zero_()[:, :len(a)] = a, b
         self.A0.copy_(self.A)
         self.B0.copy_(self.B)
 
@@ -156,7 +156,13 @@ class Dora(LowRank):
     @torch.no_grad()
     def reset(self, weight: Tensor) -> None:
         super().reset(weight)
-        self.magnitude.copy_(self.norm(at_least_float32(weight)))
+        self.magnitude.copy_(self._rounded(self.norm(at_least_float32(weight))))
+
+    @torch.no_grad()
+    def at_start(self, weight: Tensor) -> bool:
+        norm, magnitude = self.norm(at_least_float32(weight)), at_least_float32(self.magnitude)
+        # Both may have been in bfloat16 since
+        return super().at_start(weight) and torch.allclose(magnitude, norm, rtol=2**-7, atol=0, equal_nan=True)
 
     def norm(self, weight: Tensor) -> Tensor:
         """Euclidean norm of every output channel, of shape (out,); where it overflows, the largest number there is."""
@@ -166,10 +172,13 @@ class Dora(LowRank):
     def finish(self, moved: Tensor) -> Tensor:
         channels = self._channels(moved)
         norm, unit = _norm(channels.detach())
+        rounded = self._rounded(norm * unit)
         # A channel whose norm is zero or no ordinary number stays as it is
-        scaled = (norm * unit >= torch.finfo(norm.dtype).tiny) & (norm * unit).isfinite()
+        scaled = (rounded >= torch.finfo(self.magnitude.dtype).tiny) & (norm * unit).isfinite()
         # The derivative of the branch that where() does not take must be finite too
         norm, _ = _norm(torch.where(scaled[:, None], channels, 1))
+        # In the precision of the magnitude, or the ratio would not start at one
+        norm = norm + (torch.where(scaled, rounded / unit, 1) - norm).detach()
         ratio = torch.where(scaled, at_least_float32(self.magnitude) / norm, unit)
         return moved / self._by_channel(unit) * self._by_channel(ratio)
 
@@ -180,6 +189,11 @@ class Dora(LowRank):
     def project(self, delta: Tensor, target: Tensor) -> None:
         super().project(delta, target)
         self.magnitude.copy_(self.norm(target))
+
+    def _rounded(self, norm: Tensor) -> Tensor:
+        """A norm as the magnitude can hold it."""
+        dtype = self.magnitude.dtype
+        return norm.clamp(max=torch.finfo(dtype).max).to(dtype).to(norm.dtype)
 
     def _channels(self, weight: Tensor) -> Tensor:
         """The weight as (out, values of an output channel)."""

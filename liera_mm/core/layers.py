@@ -68,8 +68,10 @@ class AdaptedLayer:
         super().__delattr__(name)
 
     def register_parameter(self, name: str, param: Optional[nn.Parameter]) -> None:
-        # Where nn.Module.__setattr__ leads; weight norm, spectral norm and pruning add weight_g, weight_orig and the like
-        if name == 'weight' or (name.startswith('weight_') and name not in self._parameters):
+        # Where nn.Module.__setattr__ leads; weight norm, spectral norm and pruning add weight_g, weight_orig and the like.
+        # load_state_dict(assign=True) replaces the weight while its adapter is taken out
+        replaced = name == 'weight' and self._modules.get('adapter') is not None
+        if replaced or (name.startswith('weight_') and name not in self._parameters):
             if 'weight' not in self._parameters:  # the old weight norm reads it and deletes it before it adds others
                 others = dict(self._parameters)
                 self._parameters.clear()
@@ -108,8 +110,8 @@ class AdaptedLayer:
 
     @property
     def untrained(self) -> bool:
-        """Whether the layer computes with the frozen weight itself, as it does at the start."""
-        return torch.equal(self.effective_weight(), self.frozen_weight)
+        """Whether the adapter is as it was at the start, where the layer computes with the frozen weight itself."""
+        return self.adapter.at_start(self.frozen_weight)
 
     @torch.inference_mode(False)  # or else the parameter could not be trained, nor merged again, outside of it
     @torch.no_grad()
@@ -145,6 +147,14 @@ class AdaptedLayer:
                 self._modules['adapter'] = adapter
         if start_anew:
             adapter.reset(self.frozen_weight)
+
+    def _apply(self, *args, **kwargs):
+        super()._apply(*args, **kwargs)
+        adapter = self._modules.get('adapter')
+        # In another precision, or on another device, which sums in another order, norms have other values
+        if adapter is not None and adapter.rescales and self.untrained:
+            adapter.reset(self.frozen_weight)
+        return self
 
     def __reduce__(self):
         # Classes made for subclasses of torch's layers exist at run time only: pickle by the class they were made from.

@@ -56,6 +56,11 @@ class Perturbation(nn.Module):
         if self.rms is not None:
             self.rms.copy_(root_mean_square(weight))
 
+    @torch.no_grad()
+    def at_start(self, weight: Tensor) -> bool:
+        """Whether nothing was trained, and all is as :meth:`reset` leaves it, up to rounding; False without any values."""
+        return not next(self.parameters()).is_meta and not self().any()
+
     @property
     def factor(self) -> Union[float, Tensor]:
         """What Δ is multiplied by: alpha / rank, and divided by the weight's root mean square if Δ is relative to it."""

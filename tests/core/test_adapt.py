@@ -766,6 +766,32 @@ def test_a_perturbation_starts_from_the_weights_that_arrive_after_it(net, image,
     assert torch.equal(resumed(image), net(image))
 
 
+@pytest.mark.parametrize('method', METHODS)
+def test_weights_that_take_the_place_of_others(net, image, perturb, method):
+    """load_state_dict(assign=True), into a model without values too."""
+    state = perturb(adapt(copy.deepcopy(net), rank=2, method=method)).state_dict()
+    whole = adapt(copy.deepcopy(net), rank=2, method=method)
+    for tensor in net.parameters():
+        tensor.data.normal_()
+    empty = adapt(copy.deepcopy(net).to('meta'), rank=2, method=method)
+    adapt(net, rank=2, method=method)
+    whole.load_state_dict(state)
+    for model in (net, empty):
+        base = {name: tensor for name, tensor in state.items() if '.adapter.' not in name}
+        model.load_state_dict(base, strict=False, assign=True)
+        model.load_state_dict(state, assign=True)
+        assert torch.equal(model(image), whole(image))
+        assert {name for name, p in model.named_parameters() if p.requires_grad} == intended_parameters(model)
+
+
+def test_a_weight_of_lower_rank_that_arrives_later():
+    """Of the triplets that the weight before it had, none is left."""
+    layer = nn.Linear(6, 5)
+    adapt(layer, rank=4, method='pissa', update='additive')
+    layer.load_state_dict({'weight': torch.randn(5, 1) @ torch.randn(1, 6)}, strict=False)
+    torch.testing.assert_close(layer.adapter.B @ layer.adapter.A, layer.frozen_weight)
+
+
 # Units of Δ
 
 

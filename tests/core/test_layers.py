@@ -574,6 +574,48 @@ def test_starts_as_it_was_in_half_precision(method, update, dtype):
     assert torch.equal(layer.effective_weight(), layer.frozen_weight)
 
 
+@pytest.mark.parametrize('dtypes', [(torch.float16, ), (torch.bfloat16, torch.float32), (torch.float64, )], ids=str)
+@few_cases(*FORMS)
+def test_starts_as_it_was_after_a_conversion(case, dtypes):
+    layer = case.fresh()
+    for dtype in dtypes:
+        layer.to(dtype)
+        case.base.to(dtype)
+    assert torch.equal(layer.effective_weight(), case.base.weight)
+    nn.init.normal_(case.base.weight)
+    layer.load_state_dict(case.base.state_dict(), strict=False)
+    assert torch.equal(layer.effective_weight(), case.base.weight)
+
+
+@pytest.mark.parametrize('update', UPDATES)
+def test_dora_starts_anew_where_norms_are_summed_in_another_order(update):
+    """As on a GPU: a magnitude that is off by its last digit is no trained one."""
+    layer, other = nn.Linear(6, 5), nn.Linear(6, 5)
+    adapt_layer(layer, 'dora', update, 'relative', RANK, ALPHA)
+    with torch.no_grad():
+        layer.adapter.magnitude.mul_(1 + torch.finfo(torch.float32).eps)
+    layer.load_state_dict(other.state_dict(), strict=False)
+    assert torch.equal(layer.effective_weight(), other.weight)
+
+
+@pytest.mark.parametrize('value', [0., torch.nan, torch.inf])
+@pytest.mark.parametrize('update', UPDATES)
+@pytest.mark.parametrize('method', METHODS)
+def test_starts_from_the_last_of_the_weights_that_arrive(seed, method, update, value):
+    expected = nn.Conv2d(4, 6, 3)
+    layer = nn.Conv2d(4, 6, 3)
+    fresh = copy.deepcopy(expected)
+    adapt_layer(fresh, method, update, 'relative', RANK, ALPHA)
+    adapt_layer(layer, method, update, 'relative', RANK, ALPHA)
+    state = expected.state_dict()
+    layer.load_state_dict({**state, 'weight': torch.full_like(expected.weight, value)}, strict=False)
+    layer.load_state_dict(state, strict=False)
+    assert torch.equal(layer.effective_weight(), expected.weight)
+    computed = {**dict(fresh.adapter.named_buffers()), 'magnitude': getattr(fresh.adapter, 'magnitude', None)}
+    for name, tensor in computed.items():
+        assert tensor is None or torch.equal(getattr(layer.adapter, name), tensor)
+
+
 @all_cases
 def test_autocast_leaves_the_effective_weight_in_float32(case):
     expected = case.layer.effective_weight()
