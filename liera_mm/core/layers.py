@@ -215,8 +215,9 @@ def check_layer(layer: nn.Module) -> None:
         raise TypeError(f'its weight is of type {weight.dtype} (quantised, or packed), which no Δ can be applied to')
     if weight.dim() < 2:
         raise TypeError(f'its weight has the shape {tuple(weight.shape)}, which is no matrix or kernel')
-    if hasattr(layer, 'adapter'):
-        raise TypeError('it has an attribute called adapter already')
+    for name in (*vars(AdaptedLayer), *AdaptedLayer.added):
+        if hasattr(layer, name) and not (name == 'weight' or hasattr(nn.Module, name)):
+            raise TypeError(f'it has an attribute called {name} already')
 
 
 def geometry(layer: nn.Module) -> Tuple[int, bool]:

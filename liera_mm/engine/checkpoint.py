@@ -314,7 +314,7 @@ def leave_out_base(model: nn.Module, checkpoint: Dict[str, Any]) -> None:
     checkpoint['meta']['liera'] = {}
     for name, backbone in pretrained_backbones(model):
         prefixes = [(f'{wrapper}{name}.', state) for wrapper, state in states]
-        record = backbone.record([{key[len(prefix):]: tensor for key, tensor in state.items() if key.startswith(prefix)}
+        record = backbone.base_record([{key[len(prefix):]: tensor for key, tensor in state.items() if key.startswith(prefix)}
                                   for prefix, state in prefixes])
         for prefix, state in prefixes:
             for key in record['fingerprint']:
@@ -325,7 +325,7 @@ def leave_out_base(model: nn.Module, checkpoint: Dict[str, Any]) -> None:
 
 def _log(runner: Runner, name: str, backbone: nn.Module, record: Dict[str, Any]) -> None:
     frozen = {key for key, parameter in backbone.named_parameters() if not parameter.requires_grad}
-    kept = frozen & backbone.loaded - record['fingerprint'].keys()
+    kept = frozen & backbone.loaded_names - record['fingerprint'].keys()
     if kept:
         runner.logger.warning(f'LieRA  checkpoints hold {len(kept)} frozen tensors of {name}: these cannot be had again '
                               'from init_cfg or load_from')

@@ -22,8 +22,8 @@ class FullyShardStrategy(DDPStrategy):
     """Fully sharded data parallelism for MMEngine's FlexibleRunner, with torch's ``fully_shard`` (FSDP2).
 
     Each process holds a share of every parameter, frozen or not, of its gradient and of the optimizer's state; the parts of
-    a backbone (:attr:`PretrainedBackbone.units`) are gathered while they compute. Checkpoints are those of any other
-    training: the model is whole until it has been built, loaded and checked, and gathered to be saved.
+    a backbone (:attr:`PretrainedBackbone.sharding_units`) are gathered while they compute. Checkpoints are those of any
+    other training: the model is whole until it has been built, loaded and checked, and gathered to be saved.
 
     LieRAHook shards the model when all that is done, by :meth:`shard`; not when there is but one process, or in a test.
     """
@@ -51,7 +51,7 @@ class FullyShardStrategy(DDPStrategy):
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         mesh = init_device_mesh(get_device(), (get_world_size(), ))
         for _, backbone in pretrained_backbones(self.model):
-            for unit in backbone.units:
+            for unit in backbone.sharding_units:
                 fully_shard(unit, mesh=mesh)
         fully_shard(self.model, mesh=mesh)
         sharded = dict(self.model.named_parameters())

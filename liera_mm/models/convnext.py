@@ -70,7 +70,7 @@ class LieRAConvNeXt(PretrainedBackbone, ConvNeXt):
         return tuple(outs)
 
     @property
-    def units(self) -> Iterable[nn.Module]:
+    def sharding_units(self) -> Iterable[nn.Module]:
         return (block for stage in self.stages for block in stage)
 
 

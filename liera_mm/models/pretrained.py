@@ -52,13 +52,13 @@ class PretrainedBackbone:
     MMEngine only logs a pretrained weight that does not fit, and never loads any when testing; frozen weights that stay
     random would make everything trained on top of them worthless.
 
-    A state dict need not have the frozen weights. Where it has a record of them instead (:meth:`record`), they are
+    A state dict need not have the frozen weights. Where it has a record of them instead (:meth:`base_record`), they are
     fetched from where they came from, checked, and loaded together with the rest, whoever loads it.
     """
-    added = ('loaded', 'base', 'fetching')  # what restore_class() takes away
-    loaded: Set[str] = frozenset()
-    base: Optional[Base] = None
-    fetching: Tuple[Dict[str, Optional[str]], ...] = ()
+    added = ('loaded_names', 'frozen_base', 'fetched_bases')  # what restore_class() takes away
+    loaded_names: Set[str] = frozenset()
+    frozen_base: Optional[Base] = None
+    fetched_bases: Tuple[Dict[str, Optional[str]], ...] = ()
 
     def init_weights(self) -> None:
         """Initialise, then load the pretrained weights of ``init_cfg``.
@@ -76,17 +76,17 @@ class PretrainedBackbone:
             raise
         if source is not None:
             self.check_base(f'{source["checkpoint"]} does not fit {type(self).__name__}')
-            self.set_base(source, self.loaded)
+            self.set_base(source, self.loaded_names)
 
     def set_base(self, source: Dict[str, Optional[str]], names: Set[str]) -> None:
         """Remember that the frozen tensors of those names came from that source; see :class:`Base`."""
         state, trained = self.state_dict(), self._trained()
         frozen = {name for name, _ in self.named_parameters() if name not in trained}
-        self.base = Base(source, {name: digest(state[name]) for name in state if name in frozen & names})
+        self.frozen_base = Base(source, {name: digest(state[name]) for name in state if name in frozen & names})
 
     def base_card(self) -> Dict[str, str]:
         """What is known of the base of an adapter: entries of :class:`liera_mm.core.card.Card`."""
-        source = self.base.source if self.base else {}
+        source = self.frozen_base.source if self.frozen_base else {}
         file = source.get('checkpoint') or ''
         if '://' not in file:
             file = os.path.basename(file)  # the folders are of this machine
@@ -95,16 +95,16 @@ class PretrainedBackbone:
                     base_source=file + (f', below {source["prefix"]}' if source.get('prefix') else ''))
 
     def base_in_place(self) -> bool:
-        """Whether the frozen tensors that came from the source of :attr:`base` are still those."""
-        return self.base is not None and not self._other_tensors(self.base.fingerprint)
+        """Whether the frozen tensors that came from the source of :attr:`frozen_base` are still those."""
+        return self.frozen_base is not None and not self._other_tensors(self.frozen_base.fingerprint)
 
-    def record(self, states: Sequence[Dict[str, Tensor]]) -> Dict[str, Any]:
+    def base_record(self, states: Sequence[Dict[str, Tensor]]) -> Dict[str, Any]:
         """What a checkpoint says about this backbone, in plain types: settings, and what its state dicts may leave out.
 
         Args:
             states: State dicts of this backbone. A tensor may be left out if all of them have the one of its source.
         """
-        base = self.base or Base({}, {})
+        base = self.frozen_base or Base({}, {})
         same = {name: value for name, value in base.fingerprint.items()
                 if all(digest(state[name]) == value for state in states)}
         return dict(version=__version__, liera=self._settings(), source=base.source, fingerprint=same)
@@ -123,7 +123,7 @@ class PretrainedBackbone:
 
     def check_base(self, what: str) -> None:
         """Raise a SetupError that begins with ``what`` if a frozen weight or a norm's statistics were never loaded."""
-        known = self._trained() | self.loaded | adapter_names(self)
+        known = self._trained() | self.loaded_names | adapter_names(self)
         missing = [name for name, tensor in self.state_dict().items()
                    if tensor.is_floating_point() and name not in known and not self._needs_no_loading(name)]
         if missing:
@@ -137,8 +137,8 @@ class PretrainedBackbone:
         prefix, _, leaf = name.rpartition('.')
         module, trained = self.get_submodule(prefix), self._trained()
         if leaf in module._buffers:  # is computed, but for the statistics of norms; those of new norms begin with these
-            new = f'{prefix}.weight' not in self.loaded and any(f'{prefix}.{key}' in trained for key in module._parameters)
-            return new or not is_norm(module)
+            loaded = f'{prefix}.weight' in self.loaded_names
+            return not is_norm(module) or not loaded and any(f'{prefix}.{key}' in trained for key in module._parameters)
         parameters = module._parameters
         # A layer is zero by design, such as the offsets of a deformable convolution; or it has another such tensor
         if layer_kind(module) is not None and parameters.get('weight') is not None and (
@@ -150,7 +150,7 @@ class PretrainedBackbone:
         return intended_parameters(self) if hasattr(self, 'liera') else set()
 
     @property
-    def units(self) -> Iterable[nn.Module]:
+    def sharding_units(self) -> Iterable[nn.Module]:
         """The parts that ``FullyShardStrategy`` gathers one by one: modules that the forward pass calls."""
         return [self]
 
@@ -179,7 +179,7 @@ class PretrainedBackbone:
             if {theirs.dim(), ours.dim()} == {2, 4} and theirs.numel() == ours.numel():
                 state_dict[prefix + name] = theirs.reshape(ours.shape)  # Linear and 1x1 forms of one layer
         unmerge(self)
-        self.versions = _versions(self)
+        self.versions_before_load = _versions(self)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _settings(self) -> Optional[Dict[str, Any]]:
@@ -199,7 +199,7 @@ class PretrainedBackbone:
         """
         if not self._other_tensors(fingerprint):
             return
-        if recorded in self.fetching:
+        if recorded in self.fetched_bases:
             raise SetupError(f'{recorded["checkpoint"]} leaves out frozen weights, and names itself as their source.',
                              'It was overwritten by the training that started from it: put the file of that time there')
         configured = self._configured_source()
@@ -210,16 +210,16 @@ class PretrainedBackbone:
         problems: List[str] = []
         for source in sources:
             try:
-                self.fetching += (recorded, )
+                self.fetched_bases += (recorded, )
                 self._load_base(source)
             except (OSError, RuntimeError, AssertionError, KeyError, ValueError) as error:
                 problems.append(f'{source["checkpoint"]} cannot be loaded ({str(error).splitlines()[0]:.200})')
                 continue
             finally:
-                self.fetching = self.fetching[:-1]
+                self.fetched_bases = self.fetched_bases[:-1]
             different = self._other_tensors(fingerprint)
             if not different:
-                self.base = Base(source, fingerprint)
+                self.frozen_base = Base(source, fingerprint)
                 return
             problems.append(f'{source["checkpoint"]} has others: {some(different)} of {len(fingerprint)} tensors differ')
         key = 'model.backbone.backbone' if hasattr(type(self), 'original_class') else 'model.backbone'
@@ -288,8 +288,8 @@ def note_loaded(backbone: PretrainedBackbone, *_: Any) -> None:
 
     What the state dict had does not tell, since modules resize, rename and drop tensors while they load.
     """
-    before = vars(backbone).pop('versions', {})
-    backbone.loaded = backbone.loaded | {name for name, version in _versions(backbone).items()
+    before = vars(backbone).pop('versions_before_load', {})
+    backbone.loaded_names = backbone.loaded_names | {name for name, version in _versions(backbone).items()
                                          if before.get(name) != version}
 
 

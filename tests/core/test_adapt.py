@@ -473,6 +473,16 @@ def test_modules_that_are_called_adapter(perturb):
     assert names(adapt(nn.Sequential(nn.Linear(2, 2), WithAdapter()))) == ['0', '1.adapter']
 
 
+@pytest.mark.parametrize('name, value', [('method', 'bilinear'), ('update', 0), ('merged', False), ('merge', print)])
+def test_attributes_of_names_that_ours_have(name, value):
+    """They would be overwritten, or hide ours."""
+    layer = nn.Linear(2, 2)
+    setattr(layer, name, value)
+    match = f'^1: it has an attribute called {name} already'
+    assert_refused(nn.Sequential(nn.Linear(2, 2), layer), TypeError, match, targets=['1'])
+    assert getattr(layer, name) == value
+
+
 @pytest.mark.parametrize('method', ['atom', 'atom-pissa'])
 def test_atoms_need_spatial_extent(net, method, caplog):
     """Layers without are refused if a target or an override names them, and left out with a line in the log otherwise."""

@@ -164,7 +164,7 @@ def test_weights_that_ship():
     model.init_weights()
     after = split(model)[0]
     same = [name for name in before if torch.equal(before[name], after[name])]
-    assert not same and set(before) == model.loaded
+    assert not same and set(before) == model.loaded_names
 
 
 def test_unknown_name_lists_what_ships():
@@ -269,7 +269,7 @@ def test_random_weights_are_initialised_as_always(cfg):
     """Without init_cfg nothing is loaded, and check_base() says so: LieRAHook asks it before training."""
     model = build(cfg)
     model.init_weights()
-    assert not model.loaded
+    assert not model.loaded_names
     with pytest.raises(RuntimeError, match='backbone is random: .*frozen tensors would stay random'):
         model.check_base('backbone is random')
     model.load_state_dict(random_state(cfg), strict=False)
@@ -383,7 +383,7 @@ def test_a_checkpoint_without_a_type(tmp_path):
     torch.save(random_state(pvt), tmp_path / 'base.pth')
     model = around(dict(pvt, init_cfg=ConfigDict(checkpoint=str(tmp_path / 'base.pth'))))
     model.init_weights()
-    assert model.base_in_place() and model.base.source['checkpoint'] == str(tmp_path / 'base.pth')
+    assert model.base_in_place() and model.frozen_base.source['checkpoint'] == str(tmp_path / 'base.pth')
 
 
 def test_weights_that_are_resized_while_they_load(tmp_path):
@@ -421,13 +421,15 @@ def test_offsets_of_a_deformable_backbone(tmp_path, messages):
 
 
 class Named(nn.Module):
-    """A backbone with a module of the name that we give to ours, and with a buffer that it computes."""
+    """A backbone with modules and attributes of names that ours could have, and with a buffer that it computes."""
+    loaded = True
 
     def __init__(self, init_cfg=None):
         super().__init__()
         self.init_cfg = init_cfg
         self.stem = nn.Conv2d(3, 4, 3)
         self.block = nn.ModuleDict(dict(adapter=nn.Conv2d(4, 4, 3)))
+        self.base, self.units, self.record, self.versions = nn.Conv2d(4, 4, 1), nn.Sequential(nn.Conv2d(4, 4, 1)), [], 2
         self.register_buffer('grid', torch.rand(4))
 
     def init_weights(self):
@@ -444,6 +446,8 @@ def test_a_module_called_adapter(tmp_path, missing):
     model = around(dict(type='mmengine.TestNamed', init_cfg=dict(checkpoint=str(tmp_path / 'base.pth'))))
     if missing is None:
         model.init_weights()
+        assert model.loaded is True and model.units[0] and model.record == [] and model.versions == 2
+        assert model.base_in_place() and model.base_record([model.state_dict()])['fingerprint'].keys() == state.keys()
         return
     with pytest.raises(RuntimeError, match='1 frozen tensors would stay random, among them block.adapter.weight'):
         model.init_weights()
