@@ -145,24 +145,38 @@ class Milora(Pissa):
 class Dora(LowRank):
     """``method='dora'``: as ``lora``, then every output channel is scaled to a learned norm, ``magnitude``.
 
-    The magnitude has one value an output channel and starts at the norm of the frozen weight.
+    The magnitude has one value an output channel and starts at the norm of the frozen weight. A relative one is in units of
+    that norm and starts at one: an optimizer's step of a fixed size would otherwise multiply a small norm.
+
+    Attributes:
+        norms (Tensor | None): The norms of the frozen weight's output channels, of shape (out,), if Δ is relative.
     """
     rescales = True
 
     def build(self, weight: Tensor) -> None:
         super().build(weight)
         self.magnitude = nn.Parameter(torch.empty_like(self.norm(at_least_float32(weight))))
+        self.register_buffer('norms', None if self.rms is None else torch.ones_like(self.magnitude))
 
     @torch.no_grad()
     def reset(self, weight: Tensor) -> None:
         super().reset(weight)
-        self.magnitude.copy_(self._rounded(self.norm(at_least_float32(weight))))
+        norm = self._rounded(self.norm(at_least_float32(weight)))
+        if self.norms is not None:
+            self.norms.copy_(norm)
+        self.magnitude.copy_(self._in_units(norm))
+
+    @property
+    def learned_norm(self) -> Tensor:
+        """The norm of every output channel of the effective weight, of shape (out,)."""
+        magnitude = at_least_float32(self.magnitude)
+        return magnitude if self.norms is None else magnitude * at_least_float32(self.norms)
 
     @torch.no_grad()
     def at_start(self, weight: Tensor) -> bool:
-        norm, magnitude = self.norm(at_least_float32(weight)), at_least_float32(self.magnitude)
+        norm = self.norm(at_least_float32(weight))
         # Both may have been in bfloat16 since
-        return super().at_start(weight) and torch.allclose(magnitude, norm, rtol=2**-7, atol=0, equal_nan=True)
+        return super().at_start(weight) and torch.allclose(self.learned_norm, norm, rtol=2**-7, atol=0, equal_nan=True)
 
     def norm(self, weight: Tensor) -> Tensor:
         """Euclidean norm of every output channel, of shape (out,); where it overflows, the largest number there is."""
@@ -179,7 +193,7 @@ class Dora(LowRank):
         norm, _ = _norm(torch.where(scaled[:, None], channels, 1))
         # In the precision of the magnitude, or the ratio would not start at one
         norm = norm + (torch.where(scaled, rounded / unit, 1) - norm).detach()
-        ratio = torch.where(scaled, at_least_float32(self.magnitude) / norm, unit)
+        ratio = torch.where(scaled, self.learned_norm / norm, unit)
         return moved / self._by_channel(unit) * self._by_channel(ratio)
 
     def starts(self, weight: Tensor, target: Tensor) -> List[Tensor]:
@@ -188,7 +202,13 @@ class Dora(LowRank):
 
     def project(self, delta: Tensor, target: Tensor) -> None:
         super().project(delta, target)
-        self.magnitude.copy_(self.norm(target))
+        self.magnitude.copy_(self._in_units(self.norm(target)))
+
+    def _in_units(self, norm: Tensor) -> Tensor:
+        """The magnitude that makes a norm; one where that of the frozen weight is zero, and no magnitude has an effect."""
+        if self.norms is None:
+            return norm
+        return torch.where(self.norms > 0, norm / at_least_float32(self.norms), 1)
 
     def _rounded(self, norm: Tensor) -> Tensor:
         """A norm as the magnitude can hold it."""
@@ -216,8 +236,9 @@ class Dora(LowRank):
             if (other.magnitude <= 0).any():
                 raise ValueError('a magnitude is not positive, and has no logarithm to sum')
             norm = self.norm(move(other()))
-            logarithm = logarithm + w * torch.where(norm > 0, at_least_float32(other.magnitude) / norm, 1).log()
-        self.magnitude = nn.Parameter((self.norm(move(self())) * logarithm.exp()).to(self.magnitude.dtype))
+            logarithm = logarithm + w * torch.where(norm > 0, other.learned_norm / norm, 1).log()
+        norm = self.norm(move(self())) * logarithm.exp()
+        self.magnitude = nn.Parameter(self._in_units(norm).to(self.magnitude.dtype))
 
 
 def _norm(rows: Tensor) -> Tuple[Tensor, Tensor]:

@@ -828,6 +828,20 @@ def test_relative_steps_move_a_weight_as_far_as_additive_ones(update, rms):
         assert moved(update, 'plain') < .5 * moved(update, 'relative')
 
 
+@pytest.mark.parametrize('update', ['taylor', 'exp'])
+def test_a_relative_magnitude_moves_every_norm_by_the_same_share(update):
+    """MobileNetV2's depthwise kernels have channels of norm 0.06, which the paper's form multiplies in fifty steps."""
+    layer = nn.Sequential(nn.Conv2d(3, 3, 3, groups=3))
+    norms = torch.tensor([1e-3, 1., 1e3])
+    with torch.no_grad():
+        layer[0].weight.copy_(torch.full((3, 1, 3, 3), 1 / 3) * norms.view(3, 1, 1, 1))
+    adapt(layer, rank=2, method='dora', update=update)
+    optimizer = torch.optim.SGD([layer[0].adapter.magnitude], lr=1.)
+    layer[0].adapter.magnitude.grad = torch.full((3,), -.1)
+    optimizer.step()
+    torch.testing.assert_close(layer[0].effective_weight().flatten(1).norm(dim=1), 1.1 * norms)
+
+
 def test_scales_are_the_same_under_additive(net):
     twin = adapt(copy.deepcopy(net), update='additive', scale='plain')
     adapt(net, update='additive', scale='relative')

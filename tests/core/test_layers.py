@@ -195,6 +195,7 @@ class Case:
         moved = moved.unflatten(0, (groups, -1)).unsqueeze(-1).flatten(3) if groups else moved.flatten(1)
         magnitude, = (p for name, p in new.items() if name not in 'AB')
         norm = moved.pow(2).sum((1, 3) if groups else 1, keepdim=True).sqrt()
+        magnitude = magnitude * self.old.get('norms', torch.ones(()))
         return (magnitude.reshape(norm.shape) * moved / norm).reshape(weight.shape)
 
     def reference(self, x, new):
