@@ -58,6 +58,8 @@ METHODS: Dict[str, Optional[Dict[str, Any]]] = {
     'compact': dict(update='taylor', scale='relative', overrides=[dict(targets=['depthwise'], method='dense')]),
     'compact+norms': dict(
         update='taylor', scale='relative', overrides=[dict(targets=['depthwise'], method='dense')], train_norm=True),
+    'compact-exp': dict(update='exp', scale='relative', overrides=[dict(targets=['depthwise'], method='dense')]),
+    'dense': dict(method='dense', update='taylor', scale='relative'),
     'lora-compact': dict(update='additive', overrides=[dict(targets=['depthwise'], method='dense')]),
     'liera+norms': dict(update='taylor', scale='relative', train_norm=True),
 }
