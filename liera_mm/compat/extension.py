@@ -1,6 +1,7 @@
 """The module ``mmcv._ext``: compiled operators where there are any, those of :mod:`ops` elsewhere."""
+import inspect
+import re
 import sys
-import warnings
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 
@@ -9,9 +10,23 @@ def install() -> None:
     """Make ``mmcv._ext`` importable, and whole: every operator that a compiled one has stays, and others are added."""
     if _operators not in sys.meta_path:
         sys.meta_path.insert(0, _operators)
-    if 'mmdet.structures.mask' in sys.modules and 'mmcv.ops' not in sys.modules:
-        warnings.warn('mmdet was imported before liera_mm and goes on without operators: import liera_mm first.',
-                      stacklevel=3)
+    if 'mmcv.ops' not in sys.modules:
+        _complete_importers()
+
+
+def _complete_importers() -> None:
+    """Give modules that were imported before, and go on without operators, those that they had asked for."""
+    transformer = sys.modules.get('mmcv.cnn.bricks.transformer')
+    if transformer:
+        from mmcv.ops import MultiScaleDeformableAttention
+        transformer.MultiScaleDeformableAttention = MultiScaleDeformableAttention
+    for module in [module for name, module in sys.modules.items() if name.startswith('mmdet.')]:
+        for name, function in list(vars(module).items()):
+            asked = inspect.isfunction(function) and re.search(
+                r'(\w+) requires mmcv to be compiled', str(function.__code__.co_consts))
+            if asked:
+                import mmcv.ops
+                setattr(module, name, getattr(mmcv.ops, asked[1]))
 
 
 class _OperatorFinder(MetaPathFinder, Loader):

@@ -45,7 +45,6 @@ def install() -> None:
     - mmdet 3.3 and mmsegmentation 1.2 take any mmcv 2, not only those below 2.2.
     - mmdet's PointAssigner, that of RepPoints, works on a GPU, where it indexes a tensor on the host.
     - Configs of mmsegmentation are found under ``mmseg::`` where it is installed as onedl-mmsegmentation.
-    - If mmcv was imported first and goes on without its operators, it gets the one that mmdet asks it for.
     """
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
@@ -53,10 +52,6 @@ def install() -> None:
         _without_multimodal(sys.modules['mmpretrain.utils.dependency'])
     if 'mmengine.config.utils' in sys.modules:
         _with_renamed_mmsegmentation(sys.modules['mmengine.config.utils'])
-    transformer = sys.modules.get('mmcv.cnn.bricks.transformer')
-    if transformer and not hasattr(transformer, 'MultiScaleDeformableAttention'):
-        from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttention
-        transformer.MultiScaleDeformableAttention = MultiScaleDeformableAttention
 
 
 def _transformers_major() -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from operators import DEVICES, fallback_only
+from operators import DEVICES
 from processes import check_python, fake_transformers, run_python
 
 from liera_mm.compat import versions
@@ -89,17 +89,6 @@ def test_packages_that_refuse_a_newer_mmcv(package, version, seen, tmp_path):
         assert 'AssertionError: incompatible' in run_python('compat.versions.install(); ' + code, tmp_path).stderr
     else:
         check_python('compat.versions.install(); ' + code, tmp_path)
-
-
-@fallback_only
-def test_mmcv_was_imported_first():
-    """As by custom_imports=dict(imports=['mmpretrain.models', 'liera_mm'])."""
-    check_python('''
-import mmcv.cnn.bricks.transformer as transformer
-assert not hasattr(transformer, 'MultiScaleDeformableAttention')
-compat.install()
-import mmcv.ops
-assert transformer.MultiScaleDeformableAttention is mmcv.ops.MultiScaleDeformableAttention''')
 
 
 @pytest.mark.parametrize('device', DEVICES)
