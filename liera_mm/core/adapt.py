@@ -79,12 +79,15 @@ def adapt(model: nn.Module,
     """
     if any(adapted_layers(model)):
         raise ValueError('this model is adapted already: export() it first, or adapt a fresh one')
+    if not isinstance(overrides, (list, tuple)) or not all(isinstance(override, Mapping) for override in overrides):
+        raise ValueError(f'overrides must be a list of dicts, not {overrides!r}')
     if alpha is None:
         alpha, overrides = _alpha_of(rank), [
-            {'alpha': _alpha_of(override['rank']), **override} if isinstance(override, Mapping) and 'rank' in override
-            else override for override in overrides]
+            {'alpha': _alpha_of(override['rank']), **override} if 'rank' in override else override for override in overrides]
     settings = dict(rank=rank, alpha=alpha, method=method, update=update, scale=scale, kernel_rank=kernel_rank)
     _check_settings(settings)
+    if not isinstance(train_norm, bool):
+        raise ValueError(f'train_norm must be True or False, not {train_norm!r}')
     if train_bias not in (True, False, 'all'):
         raise ValueError(f"train_bias must be True, False or 'all', not {train_bias!r}")
     layers = dict(model.named_modules())
@@ -145,11 +148,9 @@ def _choose(model: nn.Module, targets: Sequence[str], matched: Sequence[str], se
     if refused and not chosen:
         raise next(iter(refused.values()))
     for override in overrides:
-        if not isinstance(override, Mapping):
-            raise ValueError(f'overrides must be a list of dicts, not {overrides!r}')
         changes = {key: value for key, value in override.items() if key != 'targets'}
         for key in changes:
-            check_choice('override', key, settings)
+            check_choice('override', key, ['targets', *settings])
         _check_settings({**settings, **changes})
         for name in match_layers({name: layers[name] for name in chosen}, override.get('targets', ())):
             chosen[name].update(changes)

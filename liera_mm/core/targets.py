@@ -105,6 +105,8 @@ def select(model: nn.Module, option: str, patterns: Sequence[str]) -> Set[str]:
 def _check_list(option: str, patterns: Any) -> None:
     if isinstance(patterns, str):
         raise ValueError(f'{option} must be a list, for instance [{patterns!r}]')
+    if not isinstance(patterns, (list, tuple)):
+        raise ValueError(f'{option} must be a list of layer kinds, globs or re: patterns, not {patterns!r}')
 
 
 def _pattern(target: Any) -> Pattern[str]:

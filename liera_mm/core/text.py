@@ -27,5 +27,6 @@ def check_choice(what: str, value: Any, choices: Sequence[str]) -> None:
 
 
 def nearest(word: str, choices: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.4)
-    return f'; did you mean {close[0]!r}?' if close else ''
+    known = {choice.lower(): choice for choice in choices}
+    close = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.4)
+    return f'; did you mean {known[close[0]]!r}?' if close else ''

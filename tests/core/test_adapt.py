@@ -149,6 +149,8 @@ def test_alpha_goes_with_the_rank(net, override, alpha):
     ({'alpha': '32'}, "alpha .* '32'"),
     ({'method': 'lara'}, "method 'lara'.*did you mean 'lora'"),
     ({'method': None}, 'method None'),
+    ({'method': 'DoRA'}, "'DoRA'.*did you mean 'dora'"),
+    ({'scale': 'RELATIVE'}, "'RELATIVE'.*did you mean 'relative'"),
     ({'method': ['lora']}, r"method \['lora'\]"),
     ({'update': 'tailor'}, "update 'tailor'.*did you mean 'taylor'"),
     ({'method': 'tucker', 'kernel_rank': 0}, 'kernel_rank must be a whole number of at least 1, not 0'),
@@ -157,12 +159,15 @@ def test_alpha_goes_with_the_rank(net, override, alpha):
     ({'overrides': [{'targets': ['linear'], 'scale': 'relativ'}]}, "'relativ'.*did you mean 'relative'"),
     ({'update': 'Additive'}, "update 'Additive'.*did you mean 'additive'"),
     ({'targets': 'linear'}, r"list.*\['linear'\]"),
+    ({'targets': None}, 'targets must be a list .*not None'),
+    ({'targets': 5}, 'targets must be a list .*not 5'),
     ({'targets': []}, 'no targets'),
     ({'targets': ()}, 'no targets'),
     ({'targets': [], 'train_bias': True}, 'no targets'),  # of which layers?
     ({'targets': '', 'train_norm': True}, 'list'),
     ({'targets': [], 'train_norm': True, 'overrides': [{'targets': ['linear'], 'rank': 4}]}, "target 'linear'"),
     ({'train_bias': 'alle'}, "train_bias .* 'alle'"),
+    ({'train_norm': 'no'}, "train_norm must be True or False, not 'no'"),
     ({'targets': [3]}, 'target.*3'),
     ({'targets': ['depthwize']}, "target 'depthwize'.*did you mean 'depthwise'"),
     ({'targets': ['heed']}, "target 'heed'.*did you mean 'head'"),
@@ -172,6 +177,7 @@ def test_alpha_goes_with_the_rank(net, override, alpha):
     ({'targets': [r're:stages\.\d']}, r'target .re:stages'),  # has to match the whole name
     ({'targets': ['re:stages[']}, r'target .re:stages\['),
     ({'overrides': [{'targets': ['linear'], 'rnak': 4}]}, "'rnak'.*did you mean 'rank'"),
+    ({'overrides': [{'target': ['linear'], 'rank': 4}]}, "'target'.*did you mean 'targets'"),
     ({'overrides': [{'targets': ['linear'], 'train_norm': True}]}, "'train_norm'"),
     ({'overrides': [{'targets': ['linear'], 'rank': 0}]}, 'rank .* 0'),
     ({'overrides': [{'targets': ['linear'], 'alpha': math.nan}]}, 'alpha .* nan'),
@@ -184,6 +190,7 @@ def test_alpha_goes_with_the_rank(net, override, alpha):
     ({'overrides': [{'targets': [], 'rank': 4}]}, 'no targets'),
     ({'overrides': {'targets': ['linear'], 'rank': 4}}, 'overrides'),
     ({'overrides': ['linear']}, 'overrides'),
+    ({'overrides': None}, 'overrides must be a list of dicts, not None'),
     ({'targets': ['conv'], 'overrides': [{'targets': ['linear'], 'rank': 4}]}, "target 'linear'"),
 ], ids=str)
 def test_bad_settings(net, settings, match):
@@ -409,6 +416,8 @@ def test_train_whole(net, image, perturb, train, in_place, left):
     (['stom'], "'stom' matches nothing in the model; did you mean 'stem'"),
     (['stages.2'], "'stages.2' matches nothing"),
     ([3], 'target 3 is no layer kind'),
+    (None, 'must be a list .*not None'),
+    (True, 'must be a list .*not True'),
 ], ids=str)
 def test_bad_patterns(net, option, patterns, match):
     assert_refused(net, ValueError, match, **{option: patterns})
