@@ -120,7 +120,7 @@ def trajectories(names: List[str], arch: str, rank: int, images: int, size: int,
         variant = Variant(name, arch, rank)
         for step in range(steps):
             torch.manual_seed(step)
-            variant.repeat(batches[step % len(batches)])
+            variant.step(variant.loaded(batches[step % len(batches)]))
         losses[label] = variant.losses
         del variant
     return losses

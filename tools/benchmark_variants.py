@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
 from liera_mm.engine.cli import load_config
-from liera_mm.models import DeviceMaskPreprocessor, LieRAConvNeXt
+from liera_mm.models import LieRAConvNeXt
+from liera_mm.models.masks import pinnable
 
 # isort: split
 import numpy as np
@@ -18,6 +19,7 @@ from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from liera_mm.core.algebra import METHODS
 from liera_mm.core.factors import factor_shapes
@@ -76,20 +78,10 @@ def hf_peft(backbone: nn.Module, rank: int) -> None:
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(names)), backbone)
 
 
-@MODELS.register_module()
-class PinnedMaskPreprocessor(DeviceMaskPreprocessor):
-    """Copies the masks to pinned memory before they go to the device."""
-
-    def pad_gt_masks(self, batch_data_samples: List[DetDataSample]) -> None:
-        for sample in batch_data_samples:
-            masks = sample.gt_instances.masks
-            masks.masks = torch.from_numpy(masks.masks).pin_memory().numpy()
-        super().pad_gt_masks(batch_data_samples)
-
-
 # What our base config sets for speed, as MMDetection has it
 UNDONE: Dict[str, Dict[str, Any]] = {
     'pageable': {'train_dataloader.pin_memory': False, 'model.data_preprocessor.non_blocking': False},
+    'PackDetInputs': {'train_dataloader.dataset.pipeline.6.type': 'PackDetInputs'},
     'DetDataPreprocessor': {'model.data_preprocessor.type': 'DetDataPreprocessor'},
     'RandomSampler': {f'model.train_cfg.{stage}.sampler.type': 'RandomSampler' for stage in ('rpn', 'rcnn')},
     'AdamW not fused': {'optim_wrapper.optimizer.fused': None},
@@ -128,7 +120,6 @@ SETTINGS: Dict[str, Dict[str, Any]] = {
     'liera fast': VARIANTS['liera fast'],
     'liera fast again': VARIANTS['liera fast'],
     **{name: dict(update='taylor', options=options) for name, options in UNDONE.items()},
-    'pinned masks': dict(update='taylor', options={'model.data_preprocessor.type': 'PinnedMaskPreprocessor'}),
     'cudnn_benchmark': dict(update='taylor', options={'env_cfg.cudnn_benchmark': True}),
     'prefetch_factor 4': dict(update='taylor', options={'train_dataloader.prefetch_factor': 4}),
     'workers end': dict(update='taylor', options={'train_dataloader.persistent_workers': False}),
@@ -167,11 +158,16 @@ class Variant:
             module.forward = Graphs(module, part, 4)
         self.resident = torch.cuda.memory_allocated() - others
 
-    def repeat(self, data: Dict[str, Any]) -> None:
-        """A step on a copy of a batch, since preprocessing changes it, and the memory that it takes."""
+    def loaded(self, data: Dict[str, Any]) -> Dict[str, Any]:
+        """A copy of a batch, since preprocessing changes it, in the memory that the dataloader gives it in."""
         data = copy.deepcopy(data)
-        if self.cfg.train_dataloader.pin_memory:
-            data['inputs'] = [image.pin_memory() for image in data['inputs']]
+        if self.cfg.train_dataloader.dataset.pipeline[-1].type == 'PackDeviceInputs':
+            data['data_samples'] = [pinnable(sample) for sample in data['data_samples']]
+        return pin_memory(data) if self.cfg.train_dataloader.pin_memory else data
+
+    def repeat(self, data: Dict[str, Any]) -> None:
+        """A step on a copy of a batch, and the memory that it takes."""
+        data = self.loaded(data)
         others = torch.cuda.memory_allocated() - self.resident
         torch.cuda.reset_peak_memory_stats()
         self.step(data)

@@ -39,7 +39,7 @@ train_pipeline = [
         allow_negative_crop=True),
     dict(type='FilterAnnotations', min_gt_bbox_wh=(1e-2, 1e-2)),
     dict(type='RandomFlip', prob=0.5),
-    dict(type='PackDetInputs')
+    dict(type='PackDeviceInputs')
 ]
 train_dataloader = dict(batch_size=4, num_workers=8, pin_memory=True, dataset=dict(pipeline=train_pipeline))
 auto_scale_lr = dict(base_batch_size=32)  # 8 GPUs x 4 images

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..core.kernels import builtin_only
 from ..core.kernels.constants import keep_constants
-from ..core.layers import AdaptedLayer
+from ..core.perturbation import Perturbation
 
 
 class Graphs:
@@ -226,17 +226,20 @@ class CUDAGraphPair:
 
 
 def _state(module: nn.Module) -> Optional[List[Any]]:
-    """All that a graph relies on but its inputs; None where there are hooks in the module."""
-    state = []
-    for each in module.modules():
-        if each is not module and (each._forward_hooks or each._forward_pre_hooks or each._backward_hooks):
+    """All that a graph relies on but its inputs; None where there are hooks in the module. It is asked for in every step."""
+    state, queue = [], [module]
+    for each in queue:
+        own = vars(each)  # a third of the time that nn.Module.modules() and attributes take
+        queue += [child for child in own['_modules'].values() if child is not None]
+        if each is not module and (own['_forward_hooks'] or own['_forward_pre_hooks'] or own['_backward_hooks']):
             return None
-        state.append(each.training)
-        if isinstance(each, AdaptedLayer):
-            state.append(getattr(each._modules.get('adapter'), 'scale', None))
-        for tensors in (each._parameters, each._buffers):
-            state += [(tensor.data_ptr(), tensor.shape, tensor.requires_grad) for tensor in tensors.values()
-                      if tensor is not None]
+        state.append(own['training'])
+        if isinstance(each, Perturbation):
+            state.append(own['scale'])
+        for tensors in (own['_parameters'], own['_buffers']):
+            for tensor in tensors.values():
+                if tensor is not None:
+                    state += (tensor.data_ptr(), tensor.shape, tensor.requires_grad)
     return state
 
 

@@ -4,13 +4,16 @@ import copy
 import numpy as np
 import pytest
 import torch
+from mmdet.datasets.transforms import PackDetInputs
 from mmdet.models.data_preprocessors import DetDataPreprocessor
 from mmdet.structures import DetDataSample
 from mmdet.structures.mask import BitmapMasks, mask_target
 from mmengine.config import ConfigDict
+from mmengine.dataset import pseudo_collate
 from mmengine.structures import InstanceData
+from torch.utils.data import DataLoader
 
-from liera_mm.models.masks import DeviceMaskPreprocessor, DeviceMasks
+from liera_mm.models.masks import DeviceMaskPreprocessor, DeviceMasks, PackDeviceInputs
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 DEVICES = ['cpu', pytest.param('cuda', marks=needs_cuda)]
@@ -130,3 +133,35 @@ def test_preprocessor(augments):
         assert type(ours.gt_instances.masks) is DeviceMasks
         assert np.array_equal(ours.gt_instances.masks.to_ndarray(), theirs.gt_instances.masks.masks)
         assert ours.metainfo == theirs.metainfo
+
+
+def packed(transform, masks):
+    """A batch of two images from the transform, which is the last of a pipeline."""
+    results = dict(img=np.zeros((40, 50, 3), np.uint8), img_shape=(40, 50), gt_bboxes_labels=np.arange(5),
+                   gt_ignore_flags=np.array([0, 0, 1, 0, 0], bool))
+    if masks is not None:
+        results['gt_masks'] = masks
+    return [transform(dict(results)), transform(dict(results))]
+
+
+def test_packed_masks_are_shared_and_pinned(masks, monkeypatch):
+    """By workers, and by the thread of a dataloader that pins; here, where nothing can be pinned, a stand-in marks it."""
+    theirs, ours = packed(PackDetInputs(), masks), packed(PackDeviceInputs(), masks)
+    for batch in (next(iter(DataLoader(ours, 2, num_workers=1, collate_fn=pseudo_collate))), pseudo_collate(ours)):
+        for expected, sample in zip(theirs, batch['data_samples']):
+            assert np.array_equal(sample.gt_instances.masks.masks, expected['data_samples'].gt_instances.masks.masks)
+            assert torch.equal(sample.gt_instances.labels, expected['data_samples'].gt_instances.labels)
+            assert sample.metainfo == expected['data_samples'].metainfo
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda tensor: pinned.append(tensor.shape) or tensor)
+    batch = torch.utils.data._utils.pin_memory.pin_memory(batch)
+    assert sorted(pinned) == 2 * [(3, 40, 50)] + 2 * [(4, 40, 50)]
+    result = DeviceMaskPreprocessor(pad_size_divisor=32, pad_mask=True)(batch, training=True)
+    assert [sample.gt_instances.masks.tensor.shape for sample in result['data_samples']] == 2 * [(4, 64, 64)]
+    assert result['data_samples'][0].gt_instances.masks.tensor[:, :40, :50].eq(torch.from_numpy(masks.masks[[0, 1, 3, 4]])).all()
+
+
+def test_packed_without_masks():
+    theirs, ours = packed(PackDetInputs(), None), packed(PackDeviceInputs(), None)
+    assert [type(each['data_samples']) for each in ours] == 2 * [DetDataSample]
+    assert torch.equal(theirs[0]['inputs'], ours[0]['inputs'])

@@ -54,7 +54,7 @@ CHANGED = {  # by a setting: one value of the config
     'RandomSampler': ('RandomSampler', lambda cfg: cfg.model.train_cfg.rcnn.sampler.type),
     'AdamW not fused': (None, lambda cfg: cfg.optim_wrapper.optimizer.fused),
     '2 workers': (2, lambda cfg: cfg.train_dataloader.num_workers),
-    'pinned masks': ('PinnedMaskPreprocessor', lambda cfg: cfg.model.data_preprocessor.type),
+    'PackDetInputs': ('PackDetInputs', lambda cfg: cfg.train_dataloader.dataset.pipeline[-1].type),
     'cudnn_benchmark': (True, lambda cfg: cfg.env_cfg.cudnn_benchmark),
     'prefetch_factor 4': (4, lambda cfg: cfg.train_dataloader.get('prefetch_factor')),
     'device heads': ('DeviceRPNHead', lambda cfg: cfg.model.rpn_head.type),
