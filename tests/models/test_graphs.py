@@ -270,7 +270,7 @@ def test_gradients_are_reduced_between_processes(device):
 
 
 def done(tensor):
-    future = torch.futures.Future()
+    future = torch.futures.Future(devices=[tensor.device] if tensor.is_cuda else None)
     future.set_result(tensor)
     return future
 
