@@ -186,10 +186,10 @@ class CUDAGraphPair:
             with torch.autocast('cuda', **half):
                 return function(self.inputs, leaves)
 
-        def backward(outputs: Sequence[Tensor]) -> List[Optional[Tensor]]:
+        def backward(outputs: Sequence[Tensor], seeds: Sequence[Tensor]) -> List[Optional[Tensor]]:
             sources = [each for each in (*self.inputs, *leaves) if each.requires_grad]
             with torch.autocast('cuda', enabled=False):
-                return torch.autograd.grad([outputs[index] for index in used], sources, self.seeds, allow_unused=True)
+                return torch.autograd.grad([outputs[index] for index in used], sources, seeds, allow_unused=True)
 
         self.constants: Dict[Any, Tensor] = {}
         self.graph, self.backward_graph, self.grads = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph(), []
@@ -197,15 +197,15 @@ class CUDAGraphPair:
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # what is done once, is done here
                 outputs = forward()
-                self.seeds = [torch.zeros_like(outputs[index]) for index in used]
                 if used:
-                    backward(outputs)
+                    backward(outputs, [torch.zeros_like(outputs[index]) for index in used])
                 del outputs
             with record(self.graph):
                 outputs = forward()
+                self.seeds = [torch.empty_like(outputs[index]) for index in used]  # over what only this pass needed
             if used:
                 with record(self.backward_graph):
-                    self.grads = backward(outputs)
+                    self.grads = backward(outputs, self.seeds)
         self.outputs = [output.detach() for output in outputs]
 
     def run(self, inputs: Sequence[Tensor]) -> List[Tensor]:
