@@ -118,7 +118,7 @@ def test_targets_without_masks():
 
 @pytest.mark.parametrize('augments', [None, [dict(type='BatchFixedSizePad', size=(96, 128), pad_mask=True)]], ids=str)
 def test_preprocessor(augments):
-    settings = dict(mean=[1.] * 3, std=[2.] * 3, pad_size_divisor=32, pad_mask=True, batch_augments=augments)
+    settings = dict(mean=[1., 2., 3.], std=[2.] * 3, bgr_to_rgb=True, pad_size_divisor=32, pad_mask=True, batch_augments=augments)
     random = np.random.RandomState(0)
     data = dict(inputs=[], data_samples=[])
     for instances, height, width in ((2, 40, 50), (0, 64, 33)):
@@ -133,6 +133,10 @@ def test_preprocessor(augments):
         assert type(ours.gt_instances.masks) is DeviceMasks
         assert np.array_equal(ours.gt_instances.masks.to_ndarray(), theirs.gt_instances.masks.masks)
         assert ours.metainfo == theirs.metainfo
+    images = torch.stack([image[:, :40, :33] for image in data['inputs']])
+    stacked = [preprocessor(**settings)(dict(inputs=images, data_samples=None))['inputs']
+               for preprocessor in (DetDataPreprocessor, DeviceMaskPreprocessor)]
+    assert torch.equal(*stacked)
 
 
 def packed(transform, masks):
