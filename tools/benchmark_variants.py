@@ -3,7 +3,7 @@ import copy
 import gc
 import statistics
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, Tuple
 
 from liera_mm.engine.cli import load_config
 from liera_mm.models import LieRAConvNeXt
