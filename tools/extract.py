@@ -33,7 +33,7 @@ def main() -> None:
     cfg = load_config(args.config)
     check_weights(cfg)
     checkpoint = read_checkpoint(args.checkpoint, 'cpu')
-    init_default_scope(cfg.get('default_scope', 'mmdet'))
+    init_default_scope(cfg.get('default_scope') or 'mmdet')
     MMLogger.get_current_instance().setLevel('WARNING')  # MMEngine logs every tensor that it initialises
     model = MODELS.build(cfg.model)
     model.init_weights()

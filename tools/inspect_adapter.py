@@ -46,7 +46,7 @@ def config_beside(checkpoint: Path) -> str:
 
 def load_backbone(cfg: Config, checkpoint: Path) -> nn.Module:
     """The adapted backbone of a config, with the weights and perturbations of a checkpoint."""
-    init_default_scope(cfg.get('default_scope', 'mmdet'))
+    init_default_scope(cfg.get('default_scope') or 'mmdet')
     model = MODELS.build(cfg.model)
     backbone = getattr(model, 'backbone', None)
     if not hasattr(backbone, 'liera'):

@@ -29,7 +29,7 @@ def main() -> None:
     check_checkpoint(args.checkpoint)
     cfg = load_config(args.config, args.cfg_options)
     plain = plain_config(cfg)
-    init_default_scope(cfg.get('default_scope', 'mmdet'))
+    init_default_scope(cfg.get('default_scope') or 'mmdet')
     model = MODELS.build(copy.deepcopy(cfg.model))  # some detectors write into their config
     checkpoint = load_trained(model, args.checkpoint, args.config)
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -7,10 +7,11 @@ import pytest
 import torch
 from mmdet.apis import inference_detector, init_detector
 from mmengine.config import Config
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import MODELS, TASK_UTILS, DefaultScope
 
 from liera_mm.core.errors import SetupError
 from liera_mm.engine.checkpoint import leave_out_base
+from liera_mm.engine.config_tree import dicts
 from liera_mm.engine.plain import plain_config
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -120,6 +121,22 @@ def test_plain_config(detectors, tmp_path, monkeypatch):
     cfg = Config.fromfile(tmp_path / 'plain.py')
     assert 'liera' not in str([cfg.model, cfg.custom_hooks, cfg.custom_imports]).lower()
     assert cfg.model.backbone.type == 'mmpretrain.ConvNeXt'
+
+
+def test_without_a_default_scope(detectors, tmp_path, monkeypatch):
+    """As configs in MMEngine's pure Python style, whose types are classes, may be."""
+    config, checkpoint = detectors['around']
+    cfg = Config.fromfile(config)
+    for _, node in dicts(cfg.model, 'model'):
+        if node.get('type') in [*MODELS.children['mmdet'].module_dict, *TASK_UTILS.children['mmdet'].module_dict]:
+            node.type = f'mmdet.{node.type}'
+    cfg.default_scope = None
+    cfg.dump(tmp_path / 'own.py')
+    merge(monkeypatch, tmp_path / 'own.py', checkpoint, tmp_path / 'plain.pth')
+    merge(monkeypatch, config, checkpoint, tmp_path / 'same.pth')
+    same, state = (torch.load(tmp_path / f'{name}.pth')['state_dict'] for name in ('same', 'plain'))
+    assert state.keys() == same.keys() and all(torch.equal(state[name], same[name]) for name in same)
+    assert Config.fromfile(tmp_path / 'plain.py').default_scope is None
 
 
 def test_other_imports_and_hooks_stay(detectors, tmp_path, monkeypatch):

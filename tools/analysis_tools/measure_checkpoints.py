@@ -101,7 +101,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     cfg = load_config(args.config)
-    init_default_scope(cfg.get('default_scope', 'mmdet'))
+    init_default_scope(cfg.get('default_scope') or 'mmdet')
     MMLogger.get_current_instance().setLevel('WARNING')  # MMEngine logs every tensor that it initialises
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder, 'base.pth')
