@@ -2,6 +2,7 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -43,7 +44,7 @@ def work(connection, out, data, keep, jobs):
         file = study.result_file(out, run)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(dict(
-            run._asdict(), options=dict(run.options), fingerprint=study.fingerprint(run), trained=10 * (run.rank or 0),
+            run._asdict(), options=dict(run.options), fingerprint=study_run.fingerprint(run), trained=10 * (run.rank or 0),
             backbone=1000, metrics={'coco/bbox_mAP': .3 + .01 * run.seed - abs((run.alpha or 0) - 32) / 1000},
             test_metrics={'coco/bbox_mAP': .5} if run.method == 'full' else None,
             seconds=5., jobs=jobs, step_ms=None, peak_gib=None, device='CPU', torch='2', commit=None,
@@ -130,7 +131,8 @@ def test_alpha_by_the_rank(plan):
 
 @pytest.mark.parametrize('option', [('--alphas', 'r'), ('--alphas', '-1'), ('--alphas', '0r'), ('--alphas', '2x'),
                                     ('--lrs', '0'), ('--ranks', '0'), ('--ranks', '1.5'), ('--jobs', '0'), ('--gpus', '0'),
-                                    ('--minutes', '0'), ('--methods', 'lorra'), ('--worlds', 'moon'), ('--seeds', 'one')],
+                                    ('--minutes', '0'), ('--methods', 'lorra'), ('--worlds', 'moon'), ('--seeds', 'one'),
+                                    ('--seeds', '-1'), ('--lrs', 'inf'), ('--lrs', 'nan'), ('--alphas', '1e999')],
                          ids=' '.join)
 def test_bad_options(plan, option, capsys):
     with pytest.raises(SystemExit) as error:
@@ -145,6 +147,13 @@ def test_options_of_adapters_are_for_adapters(plan):
         ['model.backbone.liera.train_norm', 'train_cfg.max_epochs']]
     assert len({run.name for run in runs}) == 3
     assert study_run.config_of(runs[2]).model.backbone.liera.train_norm
+
+
+@pytest.mark.parametrize(('key', 'option'), [('optim_wrapper.optimizer.lr', '--lrs'), ('randomness.seed', '--seeds'),
+                                            ('model.backbone.liera.rank', '--ranks')])
+def test_settings_that_no_table_would_show(plan, key, option):
+    with pytest.raises(SetupError, match=f'{key} .*\nSet it by {option}'):
+        plan('--methods', 'lora', '--cfg-options', f'{key}=3')
 
 
 @pytest.mark.parametrize('world', study.WORLDS)
@@ -188,6 +197,13 @@ def test_run(run, tmp_path):
     assert 'lora lr 0.002 rank 4 alpha 8 seed 1: bbox mAP 0.286 (5 s)' in printed
 
 
+def test_a_world_that_was_not_made(run):
+    for world in set(study.WORLDS) - {'digits'}:
+        with pytest.raises(SetupError, match=f'no folder .*{world} .*\nMake it by .*, or .* --data') as error:
+            run('--methods', 'lora', '--worlds', world)
+        assert (ROOT / re.search('by (.*), or', str(error.value))[1]).is_file()
+
+
 def test_what_is_finished_is_left_out(run, tmp_path):
     run('--methods', 'lora')
     assert '[1/1]' not in run('--methods', 'lora')
@@ -206,6 +222,31 @@ def test_results_in_one_file(run, call, tmp_path):
     kept = [json.loads(line) for line in (tmp_path / 'results.jsonl').read_text().splitlines()]
     assert [(result['method'], result['seed']) for result in kept] == [('frozen', 0), ('lora', 0), ('lora', 1)]
     assert calls(tmp_path) == ['lora 0', 'lora 1', 'frozen 0']
+
+
+@pytest.mark.parametrize('value', ['[conv,linear]', '(conv,linear)'])
+def test_options_that_are_lists(run, call, tmp_path, value):
+    options = '--methods', 'lora', 'frozen', '--cfg-options', f'model.backbone.liera.targets={value}'
+    run(*options)
+    assert '2 runs, 2 of them finished' in run(*options)
+    call('report')
+    shutil.rmtree(tmp_path / 'results')
+    assert '2 runs, 2 of them finished' in run(*options, '--best')
+
+
+@pytest.mark.parametrize('text', ['', '{"world": "dig', '<<<<<<< HEAD', '[]', '{"world": "digits"}', 'null'])
+def test_results_that_cannot_be_read(run, call, tmp_path, text):
+    run('--methods', 'lora')
+    call('report')
+    with open(tmp_path / 'results.jsonl', 'a') as file:
+        file.write(text + '\n')
+    for command in (lambda: call('report'), lambda: run('--methods', 'lora', '--best')):
+        with pytest.raises(SetupError, match='results.jsonl, line 2, is no result of a run\n'):
+            command()
+    (tmp_path / 'results.jsonl').unlink()
+    (tmp_path / 'results/digits/lora.json').write_text(text)
+    with pytest.raises(SetupError, match='lora.json is no result of a run\n'):
+        call('report')
 
 
 def test_best(run, tmp_path):
@@ -252,7 +293,7 @@ def test_a_result_of_another_config_is_refused(run, tmp_path, monkeypatch):
 def test_data_elsewhere_are_the_same_config():
     run = Run('digits', 'lora', 1e-3, 4, 8, (), 0)
     assert study_run.config_of(run, 'there').data_root == 'there/digits/'
-    assert study.fingerprint(run) == study.fingerprint(run)
+    assert study_run.fingerprint(run) == study_run.fingerprint(run)
 
 
 @pytest.mark.parametrize('seed', ['0', '1'])
@@ -381,6 +422,10 @@ def test_an_interrupted_training_goes_on_as_it_would_have(monkeypatch, tmp_path,
         patch.setattr(study_run.Recorder, 'after_train_iter', lambda self, runner, *args, **kwargs: (
             1 / (runner.iter != 8), record(self, runner, *args, **kwargs)))
         with pytest.raises(ZeroDivisionError):
+            train('torn')
+    with monkeypatch.context() as patch:
+        patch.setitem(study_run.RUN_OPTIONS, 'optim_wrapper.optimizer.weight_decay', .1)
+        with pytest.raises(SetupError, match='has an interrupted run of another config, with other optim_wrapper\n'):
             train('torn')
     with monkeypatch.context() as patch:
         patch.setattr(study_run.Runner, 'val', lambda self: 1 / 0)

@@ -46,7 +46,8 @@ from study_run import (
     WORLDS,
     Run,
     config_of,
-    fingerprint,
+    differences,
+    options_of,
     read_config,
     result_file,
     work,
@@ -54,6 +55,8 @@ from study_run import (
 )
 
 METRIC = 'coco/bbox_mAP'
+SETTINGS = {'optim_wrapper.optimizer.lr': '--lrs', f'{LIERA}.rank': '--ranks', f'{LIERA}.alpha': '--alphas',
+            'randomness.seed': '--seeds'}
 TOGETHER = 'results.jsonl'  # all results there are, one a line
 CONTEXT = multiprocessing.get_context('spawn')  # CUDA does not survive a fork
 
@@ -64,8 +67,12 @@ def plan(args: argparse.Namespace) -> List[Run]:
     """The runs that were asked for, each once: seeds outermost, methods innermost, so that all have results early.
 
     Raises:
-        SetupError: If the best setting of a method is asked for and none is finished.
+        SetupError: If the best setting of a method is asked for and none is finished; or if a key of the config is set that
+            has an option of its own here.
     """
+    for key in args.cfg_options:
+        if key in SETTINGS:
+            raise SetupError(f'--cfg-options {key} would be in no table', f'Set it by {SETTINGS[key]}')
     runs = []
     for seed in args.seeds:
         if args.best:
@@ -82,10 +89,10 @@ def settings(args: argparse.Namespace, seed: int, worlds: Sequence[str], methods
             cfg = read_config(world)
             liera = cfg.model.backbone.liera
             ours = rank or liera.rank if method in ADAPTERS else None
-            options = [(key, value) for key, value in sorted(args.cfg_options.items())
-                       if method in ADAPTERS or not key.startswith(LIERA)]
+            options = options_of({key: value for key, value in args.cfg_options.items()
+                                  if method in ADAPTERS or not key.startswith(LIERA)})
             yield Run(world, method, lr or cfg.optim_wrapper.optimizer.lr, ours,
-                      ours and (number(alpha, ours) if alpha else liera.get('alpha', 2 * ours)), tuple(options), seed)
+                      ours and (number(alpha, ours) if alpha else liera.get('alpha', 2 * ours)), options, seed)
 
 
 def number(alpha: str, rank: int) -> float:
@@ -117,17 +124,28 @@ def was_wanted(args: argparse.Namespace, result: Dict[str, Any]) -> bool:
 # Results
 
 def read_results(out: Path) -> List[Dict[str, Any]]:
-    """All results, in the order of their names: from their own files, or else from the one that ``report`` leaves."""
+    """All results, in the order of their names: from their own files, or else from the one that ``report`` leaves.
+
+    Raises:
+        SetupError: If one of them cannot be read.
+    """
     together = out / TOGETHER
-    results = [json.loads(line) for line in together.read_text().splitlines()] if together.is_file() else []
-    results += [json.loads(file.read_text()) for file in out.glob('results/*/*.json')]
-    by_run = {to_run(result): result for result in results}
+    texts = {f'{together}, line {number},': line for number, line in enumerate(
+        together.read_text().splitlines() if together.is_file() else (), 1)}
+    texts.update({f'{file}': file.read_text() for file in out.glob('results/*/*.json')})
+    by_run = {}
+    for where, text in texts.items():
+        try:
+            result = json.loads(text)
+            by_run[to_run(result)] = result
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise SetupError(f'{where} is no result of a run', 'Take it out, and call study.py run again') from None
     return [by_run[run] for run in sorted(by_run, key=lambda run: (run.world, run.name))]
 
 
 def to_run(result: Dict[str, Any]) -> Run:
     fields = {name: result[name] for name in Run._fields}
-    return Run(**dict(fields, options=tuple(sorted(result['options'].items()))))
+    return Run(**dict(fields, options=options_of(result['options'])))
 
 
 def finished(out: Path, runs: Sequence[Run]) -> List[Run]:
@@ -139,9 +157,7 @@ def finished(out: Path, runs: Sequence[Run]) -> List[Run]:
     results = {to_run(result): result for result in read_results(out)}
     found = [run for run in runs if run in results]
     for run in found:
-        ours, theirs = fingerprint(run), results[run]['fingerprint']
-        different = [key for key in sorted(ours.keys() | theirs.keys())
-                     if ours.get(key) != theirs.get(key) and not key.startswith('test_')]
+        different = differences(run, results[run]['fingerprint'])
         if different:
             raise SetupError(f'{result_file(out, run)} is the result of another config, with other {", ".join(different)}',
                              f'Choose another folder with --out, or delete that file, or its line in {TOGETHER}')
@@ -270,6 +286,9 @@ def run_command(args: argparse.Namespace) -> None:
     start = time.monotonic()
     runs = plan(args)
     for world in args.worlds:
+        if not Path(args.data, world).is_dir():
+            raise SetupError(f'There is no folder {Path(args.data, world)} with the data of this world',
+                             f'Make it by tools/dataset_converters/make_{world}_coco.py, or say where it is with --data')
         cfg = config_of(next(run for run in runs if run.world == world), args.data)
         check_data(cfg, ['train', 'val'])
         check_weights(cfg)
@@ -324,7 +343,7 @@ def main() -> None:
         command.add_argument('--ranks', nargs='+', type=positive(int), help="default: the config's")
         command.add_argument('--alphas', nargs='+', type=alpha_text,
                              help="numbers, or multiples of the rank (4r) or its root (12sqrtr); default: the config's")
-        command.add_argument('--seeds', nargs='+', type=int, default=[0], help='default: 0')
+        command.add_argument('--seeds', nargs='+', type=seed, default=[0], help='default: 0')
         command.add_argument('--best', action='store_true',
                              help='each method in its best setting with the first of the seeds, of those finished')
         command.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='for all runs: key=value ...')
@@ -345,17 +364,23 @@ def main() -> None:
 def positive(kind: type):
     def parse(text: str):
         value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f'{text} is not above 0')
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f'{text} is no finite number above 0')
         return value
 
     parse.__name__ = kind.__name__
     return parse
 
 
+def seed(text: str) -> int:
+    if not 0 <= int(text) < 2**32:
+        raise argparse.ArgumentTypeError(f'{text} is no seed, from 0 to 2**32 - 1')
+    return int(text)
+
+
 def alpha_text(text: str) -> str:
     try:
-        valid = number(text, 4) > 0
+        valid = 0 < number(text, 4) < math.inf
     except (TypeError, ValueError):
         valid = False
     if not valid:

@@ -13,11 +13,12 @@ import time
 import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Dict, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 # Before anything of MMDetection, which may need the operators that liera_mm stands in for
 from liera_mm.core.adapted import adapted_layers
 from liera_mm.core.checkpoint import write_atomically
+from liera_mm.core.errors import SetupError
 from liera_mm.engine.checkpoint import latest_checkpoint
 from liera_mm.engine.cli import check_data, check_weights, load_config
 from liera_mm.engine.config_tree import replace_prefix
@@ -81,7 +82,7 @@ class Run(NamedTuple):
     lr: float
     rank: Optional[int]
     alpha: Optional[float]
-    options: Tuple[Tuple[str, Any], ...]  # further keys of the config
+    options: Tuple[Tuple[str, Any], ...]  # further keys of the config, see options_of()
     seed: int
 
     @property
@@ -95,6 +96,15 @@ class Run(NamedTuple):
         setting = f' rank {self.rank} alpha {self.alpha:g}' if self.rank else ''
         return ' '.join([f'{self.world}: {self.method} lr {self.lr:g}{setting}',
                          *(f'{key}={value}' for key, value in self.options), f'seed {self.seed}'])
+
+
+def options_of(options: Dict[str, Any]) -> Tuple[Tuple[str, Any], ...]:
+    """Keys of a config and their values in order, with tuples for lists: the same from a command line and from a file."""
+
+    def hashable(value: Any) -> Any:
+        return tuple(map(hashable, value)) if isinstance(value, (list, tuple)) else value
+
+    return tuple((key, hashable(value)) for key, value in sorted(options.items()))
 
 
 @functools.cache
@@ -120,6 +130,13 @@ def fingerprint(run: Run) -> Dict[str, str]:
             for key, value in config_of(run).to_dict().items() if not key.startswith('test_')}
 
 
+def differences(run: Run, theirs: Dict[str, str]) -> List[str]:
+    """The parts of its config that have another fingerprint."""
+    ours = fingerprint(run)
+    return [key for key in sorted(ours.keys() | theirs.keys())
+            if ours.get(key) != theirs.get(key) and not key.startswith('test_')]
+
+
 def result_file(out: Path, run: Run) -> Path:
     """Its existence means that the run is finished."""
     return out / 'results' / run.world / f'{run.name}.json'
@@ -130,10 +147,15 @@ def work_dir(out: Path, run: Run) -> Path:
 
 
 class Recorder(Hook):
-    """Notes the mean loss of every ten steps and the time of each; in checkpoints too, for trainings that are resumed."""
+    """Notes the mean loss of every ten steps and the time of each; in checkpoints too, for trainings that are resumed.
+
+    Raises:
+        SetupError: If the checkpoint to resume from is of another config.
+    """
     priority = 'LOWEST'
 
-    def __init__(self):
+    def __init__(self, run: Run):
+        self.run = run
         self.curve, self.times, self.losses, self.before = [], [], [], 0.
         self.start, self.last = time.perf_counter(), None
 
@@ -152,11 +174,16 @@ class Recorder(Hook):
             self.losses = []
 
     def before_save_checkpoint(self, runner, checkpoint) -> None:
-        checkpoint['study'] = dict(curve=self.curve, losses=self.losses, seconds=self.seconds)
+        checkpoint['study'] = dict(curve=self.curve, losses=self.losses, seconds=self.seconds,
+                                   fingerprint=fingerprint(self.run))
 
     def after_load_checkpoint(self, runner, checkpoint) -> None:
         if runner._resume:
             saved = checkpoint['study']
+            different = differences(self.run, saved['fingerprint'])
+            if different:
+                raise SetupError(f'{runner.work_dir} has an interrupted run of another config, with other '
+                                 f'{", ".join(different)}', 'Delete that folder to begin anew')
             self.curve, self.losses, self.before = saved['curve'], saved['losses'], saved['seconds']
 
 
@@ -176,7 +203,7 @@ def train(run: Run, out: Path, data: str, keep: bool, jobs: int) -> None:
     check_weights(cfg)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    recorder, runner = Recorder(), Runner.from_cfg(cfg)
+    recorder, runner = Recorder(run), Runner.from_cfg(cfg)
     runner.register_hook(recorder)
     counts = count_parameters(runner.model.backbone)
     runner.train()
