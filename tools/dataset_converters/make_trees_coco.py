@@ -14,7 +14,7 @@ from typing import Iterator, List, Tuple
 
 import cv2
 import numpy as np
-from voc import Box, Photo, read_voc, write_coco
+from voc import Box, Photo, is_there, read_voc, write_coco
 
 from liera_mm.engine.cli import exit_clearly
 from liera_mm.engine.wheels import read_wheel
@@ -72,15 +72,15 @@ def main() -> None:
     parser.add_argument('--wheel', type=Path, help=f'the wheel of {REQUIREMENT}; downloaded by default')
     parser.add_argument('--force', action='store_true', help='replace what OUT holds')
     args = parser.parse_args()
+    info = dict(description='tree crowns in the layout of COCO 2017', contributor='make_trees_coco.py', version=VERSION)
+    if is_there(args.out, PHOTOS, info, args.force):
+        return
     files = [f'deepforest/data/{name}.{kind}' for names in PHOTOS.values() for name in names for kind in ('png', 'xml')]
     content = read_wheel(REQUIREMENT, files, args.wheel, SHA256)
     splits = {split: [tile for name in names for tile in tiles(
         name, content[f'deepforest/data/{name}.png'], content[f'deepforest/data/{name}.xml'])]
               for split, names in PHOTOS.items()}
-    info = dict(description='tree crowns in the layout of COCO 2017', contributor='make_trees_coco.py',
-                version=VERSION)
-    write_coco(args.out, splits, {split: len(photos) for split, photos in splits.items()}, ['Tree'], info, README,
-               args.force)
+    write_coco(args.out, splits, {split: len(photos) for split, photos in splits.items()}, ['Tree'], info, README)
 
 
 if __name__ == '__main__':

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Dict, Iterator, List, Mapping, NamedTuple, Sequence, Tuple
+from typing import Dict, Iterable, Iterator, List, Mapping, NamedTuple, Sequence, Tuple
 from xml.etree import ElementTree
 
 from coco import is_complete, json_path, progress, summary
@@ -69,9 +69,33 @@ def read_voc(name: str, content: bytes, categories: Mapping[str, str]) -> Tuple[
     return width, height, [box._replace(category=categories[box.category]) for box in boxes]
 
 
+def is_there(out: Path, splits: Iterable[str], info: Dict[str, str], force: bool) -> bool:
+    """Whether a data set is in a folder already, which is said, before anything is fetched to make it.
+
+    Args:
+        out: The folder.
+        splits: Names of its splits.
+        info: As of :func:`write_coco`.
+        force: Whether what the folder holds may be replaced.
+
+    Raises:
+        SetupError: If the folder holds something else.
+    """
+    if out.exists() and not out.is_dir():
+        raise SetupError(f'{out} is not a folder', 'Name another')
+    if force:
+        return False
+    if all(is_complete(out, split, info) for split in splits):
+        print(f'{out} is up to date')
+        return True
+    if out.exists() and any(out.iterdir()):
+        raise SetupError(f'{out} is not empty and holds something else', 'Name another folder or pass --force')
+    return False
+
+
 def write_coco(out: Path, splits: Dict[str, Iterator[Photo]], counts: Dict[str, int], categories: Sequence[str],
-               info: Dict[str, str], readme: str, force: bool = False) -> None:
-    """Write a data set, or say that it is there already. It appears whole or not at all.
+               info: Dict[str, str], readme: str) -> None:
+    """Write a data set in the place of what is there. It appears whole or not at all.
 
     Objects are clipped to their image; those without an area are left out. Images without any object stay: a detector can
     be wrong in them.
@@ -83,18 +107,7 @@ def write_coco(out: Path, splits: Dict[str, Iterator[Photo]], counts: Dict[str, 
         categories: Names, in the order of their ids from 1.
         info: What determines the data, for the ``info`` of the JSON files.
         readme: Text of the README.md, the licence in it.
-        force: Replace what the folder holds.
-
-    Raises:
-        SetupError: If the folder holds something else.
     """
-    if not force and all(is_complete(out, split, info) for split in splits):
-        print(f'{out} is up to date')
-        return
-    if out.exists() and not out.is_dir():
-        raise SetupError(f'{out} is not a folder', 'Name another')
-    if out.exists() and any(out.iterdir()) and not force:
-        raise SetupError(f'{out} is not empty and holds something else', 'Name another folder or pass --force')
     partial = out.with_name(f'{out.name}.partial')
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was interrupted
     (partial / 'annotations').mkdir(parents=True)

