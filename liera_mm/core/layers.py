@@ -150,9 +150,9 @@ class AdaptedLayer:
 
     def _apply(self, *args, **kwargs):
         super()._apply(*args, **kwargs)
-        adapter = self._modules.get('adapter')
+        adapter, whole = self._modules.get('adapter'), not hasattr(self._parameters['weight'], 'to_local')
         # In another precision, or on another device, which sums in another order, norms have other values
-        if adapter is not None and adapter.rescales and self.untrained:
+        if adapter is not None and adapter.rescales and whole and self.untrained:
             adapter.reset(self.frozen_weight)
         return self
 

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import liera_mm
 from liera_mm.core.adapters import active_adapter
+from liera_mm.core.algebra import METHODS
 from liera_mm.core.checkpoint import fingerprint
 from liera_mm.core.errors import SetupError
 from liera_mm.core.wrappers import unwrap
@@ -196,6 +197,15 @@ def test_reading_shards(sharded, bare, image, tmp_path):
     trained = [p for p in sharded.parameters() if p.requires_grad]
     torch.optim.SGD(trained, lr=.1).step()
     assert all(hasattr(p.grad, 'full_tensor') for p in trained)
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_moving_shards(net, image, method, group):
+    fully_shard = pytest.importorskip('torch.distributed.fsdp', reason='torch >= 2.6').fully_shard
+    expected = liera_mm.adapt(net, rank=2, method=method)(image)
+    fully_shard(net.stem[0])
+    fully_shard(net)
+    torch.testing.assert_close(net.to('cpu')(image), expected)
 
 
 WRITES = {
