@@ -47,9 +47,7 @@ auto_scale_lr = dict(base_batch_size=32)  # 8 GPUs x 4 images
 optim_wrapper = dict(
     _delete_=True,
     type='AmpOptimWrapper',
-    constructor='LearningRateDecayOptimizerConstructor',
-    # the paper gives no layer-wise decay; this is MMDetection's for this backbone
-    paramwise_cfg=dict(decay_rate=0.95, decay_type='layer_wise', num_layers=12),
+    paramwise_cfg=dict(norm_decay_mult=0., bias_decay_mult=0.),
     optimizer=dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05, fused=True))
 
 param_scheduler = [
