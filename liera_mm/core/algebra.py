@@ -186,13 +186,12 @@ class Dora(LowRank):
     def finish(self, moved: Tensor) -> Tensor:
         channels = self._channels(moved)
         norm, unit = _norm(channels.detach())
-        rounded = self._rounded(norm * unit)
         # A channel whose norm is zero or no ordinary number stays as it is
-        scaled = (rounded >= torch.finfo(self.magnitude.dtype).tiny) & (norm * unit).isfinite()
+        scaled = (norm * unit >= torch.finfo(self.magnitude.dtype).tiny) & (norm * unit).isfinite()
         # The derivative of the branch that where() does not take must be finite too
         norm, _ = _norm(torch.where(scaled[:, None], channels, 1))
-        # In the precision of the magnitude, or the ratio would not start at one
-        norm = norm + (torch.where(scaled, rounded / unit, 1) - norm).detach()
+        if norm.dtype != self.magnitude.dtype:  # in its precision, or the ratio would not start at one
+            norm = norm + (self._rounded(norm * unit) / unit - norm).detach()
         ratio = torch.where(scaled, self.learned_norm / norm, unit)
         return moved / self._by_channel(unit) * self._by_channel(ratio)
 
