@@ -17,6 +17,7 @@ from urllib.parse import urlparse
 
 import numpy as np
 import torch
+from mmengine.config import ConfigDict
 from mmengine.dist import barrier, get_rank
 from mmengine.fileio import LocalBackend, get_file_backend, register_backend
 from mmengine.hooks import Hook
@@ -74,11 +75,12 @@ def read_checkpoint(file: Union[str, os.PathLike, IO[bytes]], map_location=None)
     except FileNotFoundError:
         raise
     except Exception as error:  # damaged pickles fail in every way there is
-        reason = ' '.join(str(error).split())
-        asked = re.search(r'(?:GLOBAL|function) (\S+)', reason)
-        if isinstance(error, UnpicklingError) and not trusted and (asked or intact):
+        reason = ' '.join(str(error).split()).rpartition('WeightsUnpickler error: ')[2]  # torch's advice goes before
+        asked = re.search(r"(?:GLOBAL|function) (\S+)|<class '(\S+)'>", reason)
+        unknown = asked or intact and 'PytorchStreamReader' not in reason  # the latter of another kind of archive
+        if isinstance(error, UnpicklingError) and not trusted and unknown:
             raise SetupError(
-                f'{name} was refused: loading it could run code ({asked[1] if asked else reason[-100:]}).',
+                f'{name} was refused: loading it could run code ({asked[asked.lastindex] if asked else reason[:100]}).',
                 f'If you trust the one who made it, set the environment variable {TRUST}=1') from None
         raise SetupError(
             f'{name} is no checkpoint, or a damaged one: {reason:.200}',
@@ -189,17 +191,20 @@ def _named(function: Any, module: str, name: str) -> Any:
 
 @contextlib.contextmanager
 def _safe_globals():
-    """What torch may build besides tensors and plain values: NumPy's arrays and numbers, and MMEngine's log.
+    """What torch may build besides tensors and plain values: NumPy's arrays and numbers, and MMEngine's log and dicts.
+
+    NumPy's arrays of objects and records are not among them: the state of such a dtype can have bytes taken for pointers.
 
     MMEngine's own list has ``getattr``, by which a pickle gets at everything, ``eval`` included.
     """
     # NumPy 1 and 2 have these functions in different modules, and each reads what the other has written
     functions = [_named(function, f'numpy.{package}.multiarray', function.__name__) for package in ('core', '_core')
                  for function in (np.empty(0).__reduce__()[0], np.float64().__reduce__()[0])]
-    dtypes = {type(np.dtype(code)) for code in '?bhilqBHILQefd'}
+    dtypes = {type(np.dtype(code)) for code in np.typecodes['All'] if code not in 'OV'}
+    plain = [bytes, complex, frozenset, range, set, slice]  # some of which torch allows by itself, depending on its version
     before = list(torch.serialization.get_safe_globals())
-    torch.serialization.add_safe_globals([np.ndarray, np.dtype, *dtypes, *functions, HistoryBuffer, slice,
-                                          codecs.encode,  # bytes, which torch allows by itself since 2.5
+    torch.serialization.add_safe_globals([np.ndarray, np.dtype, *dtypes, *functions, HistoryBuffer, ConfigDict, *plain,
+                                          codecs.encode,  # by which a pickle has bytes
                                           _named(_history_method, 'builtins', 'getattr')])
     try:
         yield

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import checkpoint as mmengine_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader
@@ -157,12 +158,36 @@ def test_a_file_that_is_trusted(tmp_path, monkeypatch):
     assert (tmp_path / 'ran').exists()
 
 
-@pytest.mark.parametrize('dtype', [np.float64, np.float32, np.int64, np.uint8, np.bool_])
+@pytest.mark.parametrize('dtype', ['float64', 'float32', 'float16', 'int64', 'uint8', 'bool', 'complex64', 'S3', 'U3', 'M8[s]'])
 def test_what_mmengine_writes_needs_no_trust(tmp_path, dtype):
-    history = HistoryBuffer()
+    history, array = HistoryBuffer(), np.arange(3).astype(dtype)
     history.update(1.5)
-    content = dict(array=np.arange(3).astype(dtype), number=dtype(1), log=history, names=('a', 'b'), part=slice(0, 1))
+    content = dict(array=array, number=array[1], nothing=array[:0], log=history, names=('a', 'b'), part=slice(0, 1),
+                   values=[{1, 2}, frozenset('a'), 1j, range(3), b'ab', b''],
+                   dataset_meta=ConfigDict(classes=('a', ), parts=dict(a=1)))  # a metainfo of a config
     torch.save(content, tmp_path / 'checkpoint.pth')
     ours = read_checkpoint(tmp_path / 'checkpoint.pth')
-    assert np.array_equal(ours['array'], content['array']) and ours['number'] == 1 and ours['names'] == ('a', 'b')
+    assert np.array_equal(ours['array'], array) and ours['number'] == array[1] and ours['nothing'].shape == (0, )
+    assert ours['array'].dtype == ours['nothing'].dtype == array.dtype
     assert ours['log'].current() == 1.5 and ours['log'].statistics('mean') == 1.5
+    for name in ('names', 'part', 'values', 'dataset_meta'):
+        assert ours[name] == content[name]
+
+
+class Mine:
+    """An object of a user."""
+
+
+@pytest.mark.parametrize('content, name', [
+    (Mine(), 'Mine'), (Mine, 'Mine'), (refused, 'refused'), (torch.nn.Linear(1, 1), 'torch.nn.modules.linear.Linear'),
+    (Path('file'), 'Path'), (np.random.default_rng(0), 'generator_ctor'),
+    (np.array([1, None]), 'ObjectDType')])  # whose state can point anywhere in memory
+@pytest.mark.parametrize('kind', ['zip', 'legacy'])
+def test_another_object_is_named(tmp_path, content, name, kind):
+    torch.save(dict(state_dict={}, mine=content), tmp_path / 'file.pth', _use_new_zipfile_serialization=kind == 'zip')
+    refused(lambda: read_checkpoint(tmp_path / 'file.pth'), rf'file.pth was refused: .*\([\w.]*{name}\)\.')
+
+
+def test_another_archive_is_no_checkpoint(tmp_path):
+    np.savez(tmp_path / 'file.npz', np.ones(3))
+    refused(lambda: read_checkpoint(tmp_path / 'file.npz'), 'file.npz is no checkpoint, or a damaged one')
