@@ -158,7 +158,8 @@ def test_a_file_that_is_trusted(tmp_path, monkeypatch):
     assert (tmp_path / 'ran').exists()
 
 
-@pytest.mark.parametrize('dtype', ['float64', 'float32', 'float16', 'int64', 'uint8', 'bool', 'complex64', 'S3', 'U3', 'M8[s]'])
+@pytest.mark.parametrize('dtype', ['float64', 'float32', 'float16', 'int64', 'uint8', 'bool', 'complex64', 'S3', 'U3',
+                                   'M8[s]'])
 def test_what_mmengine_writes_needs_no_trust(tmp_path, dtype):
     history, array = HistoryBuffer(), np.arange(3).astype(dtype)
     history.update(1.5)
