@@ -58,7 +58,7 @@ def without_adapters(model: nn.Module) -> Iterator[nn.Module]:
         for layer, adapter, start in zip(layers, adapters, untrained):
             layer._modules['adapter'] = adapter
             if start:
-                adapter.reset(layer.frozen_weight)
+                layer.start_anew()
 
 
 def tensor_name(prefix: str, leaf: str = 'weight') -> str:

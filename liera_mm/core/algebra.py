@@ -107,8 +107,8 @@ class Pissa(LowRank):
 
     def build(self, weight: Tensor) -> None:
         super().build(weight)
-        self.register_buffer('A0', torch.empty_like(self.A))
-        self.register_buffer('B0', torch.empty_like(self.B))
+        self.register_buffer('A0', torch.zeros_like(self.A))
+        self.register_buffer('B0', torch.zeros_like(self.B))
 
     @torch.no_grad()
     def reset(self, weight: Tensor) -> None:

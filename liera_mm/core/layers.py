@@ -111,7 +111,12 @@ class AdaptedLayer:
     @property
     def untrained(self) -> bool:
         """Whether the adapter is as it was at the start, where the layer computes with the frozen weight itself."""
-        return self.adapter.at_start(self.frozen_weight)
+        return self.adapter.is_meta or self.adapter.at_start(self.frozen_weight)
+
+    def start_anew(self) -> None:
+        """Let the adapter start from the frozen weight that is there now; one without values gets some if the weight has."""
+        weight = self.frozen_weight
+        (self.adapter.reset if self.adapter.is_meta == weight.is_meta else self.adapter.begin)(weight)
 
     @torch.inference_mode(False)  # or else the parameter could not be trained, nor merged again, outside of it
     @torch.no_grad()
@@ -146,14 +151,19 @@ class AdaptedLayer:
             if adapter is not None:
                 self._modules['adapter'] = adapter
         if start_anew:
-            adapter.reset(self.frozen_weight)
+            self.start_anew()
 
     def _apply(self, *args, **kwargs):
+        empty = self._parameters['weight'].is_meta
         super()._apply(*args, **kwargs)
-        adapter, whole = self._modules.get('adapter'), not hasattr(self._parameters['weight'], 'to_local')
+        adapter, weight = self._modules.get('adapter'), self._parameters['weight']
+        if adapter is None or hasattr(weight, 'to_local'):
+            return self
+        if empty and not weight.is_meta:  # to_empty(), after which tensors are whatever was in memory
+            adapter.begin(weight)
         # In another precision, or on another device, which sums in another order, norms have other values
-        if adapter is not None and adapter.rescales and whole and self.untrained:
-            adapter.reset(self.frozen_weight)
+        elif adapter.rescales and self.untrained:
+            self.start_anew()
         return self
 
     def __reduce__(self):

@@ -37,9 +37,13 @@ class Perturbation(nn.Module):
                  relative: bool = False, **options: Any):
         super().__init__()
         self.shape, self.groups, self.rank, self.transposed = weight.shape, groups, rank, transposed
-        self.scale = alpha / rank
-        self.register_buffer('rms', at_least_float32(weight.new_ones(())) if relative else None)
-        self.build(weight, **options)
+        self.scale, self.relative, self.given = alpha / rank, relative, options
+        self.begin(weight)
+
+    def begin(self, weight: Tensor) -> None:
+        """Make all tensors, on the device and in the dtype of the weight."""
+        self.register_buffer('rms', at_least_float32(weight.new_ones(())) if self.relative else None)
+        self.build(weight, **self.given)
         self.reset(weight)
 
     @classmethod
@@ -58,8 +62,13 @@ class Perturbation(nn.Module):
 
     @torch.no_grad()
     def at_start(self, weight: Tensor) -> bool:
-        """Whether nothing was trained, and all is as :meth:`reset` leaves it, up to rounding; False without any values."""
-        return not next(self.parameters()).is_meta and not self().any()
+        """Whether nothing was trained, and all is as :meth:`reset` leaves it, up to rounding."""
+        return not self().any()
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether its tensors have no values, as those of a model on the meta device."""
+        return next(self.parameters()).is_meta
 
     @property
     def factor(self) -> Union[float, Tensor]:

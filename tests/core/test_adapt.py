@@ -803,6 +803,26 @@ def test_weights_that_take_the_place_of_others(net, image, perturb, method):
         assert {name for name, p in model.named_parameters() if p.requires_grad} == intended_parameters(model)
 
 
+@pytest.mark.parametrize('assign', [True, False])
+@pytest.mark.parametrize('method', METHODS)
+def test_a_model_without_values_gets_pretrained_weights(net, image, method, assign):
+    empty = adapt(copy.deepcopy(net).to('meta'), rank=2, method=method, kernel_rank=3)
+    if not assign:
+        torch.use_deterministic_algorithms(True, warn_only=True)  # which fills fresh memory with NaN
+        try:
+            empty.to_empty(device='cpu')
+        finally:
+            torch.use_deterministic_algorithms(False)
+    empty.load_state_dict(net.state_dict(), strict=False, assign=assign)
+    assert torch.equal(empty.eval()(image), net.eval()(image))
+    whole = adapt(net, rank=2, method=method, kernel_rank=3)
+    assert {name: (p.shape, p.requires_grad) for name, p in whole.named_parameters()} == {
+        name: (p.shape, p.requires_grad) for name, p in empty.named_parameters()}
+    for name, layer in adapted_layers(whole):
+        assert torch.equal(layer.adapter.rms, empty.get_submodule(name).adapter.rms)
+    empty(image).sum().backward()
+
+
 def test_a_weight_of_lower_rank_that_arrives_later():
     """Of the triplets that the weight before it had, none is left."""
     layer = nn.Linear(6, 5)
