@@ -319,8 +319,9 @@ def leave_out_base(model: nn.Module, checkpoint: Dict[str, Any]) -> None:
     checkpoint['meta']['liera'] = {}
     for name, backbone in pretrained_backbones(model):
         prefixes = [(f'{wrapper}{name}.', state) for wrapper, state in states]
-        record = backbone.base_record([{key[len(prefix):]: tensor for key, tensor in state.items() if key.startswith(prefix)}
-                                  for prefix, state in prefixes])
+        record = backbone.base_record([
+            {key[len(prefix):]: tensor for key, tensor in state.items() if key.startswith(prefix)}
+            for prefix, state in prefixes])
         for prefix, state in prefixes:
             for key in record['fingerprint']:
                 del state[prefix + key]

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from ..core.adapt import adapt, logger
 from ..core.errors import SetupError
 from ..core.text import check_choice
-from .pretrained import PretrainedBackbone, note_loaded
+from .pretrained import PretrainedBackbone, loads, note_loaded
 
 
 @MODELS.register_module()
@@ -36,9 +36,11 @@ def LieRABackbone(backbone: Optional[Dict[str, Any]] = None, liera: Optional[Dic
     refuse_leftovers('LieRABackbone', [name for name in kwargs if name not in ('init_cfg', 'pretrained')])
     if backbone is None:
         raise SetupError('LieRABackbone has no backbone to adapt', 'Give it as backbone=dict(type=..., ...)')
-    model = build_initialised({**backbone, **kwargs} if kwargs else backbone)
+    with loads() as tensors:
+        model = build_initialised({**backbone, **kwargs} if kwargs else backbone)
     if not isinstance(model, PretrainedBackbone):
         model.__class__ = _pretrained_class(type(model))
+    model.note_elsewhere(tensors)
     adapt_or_freeze(model, liera)
     return model
 

@@ -55,8 +55,9 @@ class PretrainedBackbone:
     A state dict need not have the frozen weights. Where it has a record of them instead (:meth:`base_record`), they are
     fetched from where they came from, checked, and loaded together with the rest, whoever loads it.
     """
-    added = ('loaded_names', 'frozen_base', 'fetched_bases')  # what restore_class() takes away
+    added = ('loaded_names', 'loaded_elsewhere', 'frozen_base', 'fetched_bases')  # what restore_class() takes away
     loaded_names: Set[str] = frozenset()
+    loaded_elsewhere: Set[str] = frozenset()
     frozen_base: Optional[Base] = None
     fetched_bases: Tuple[Dict[str, Optional[str]], ...] = ()
 
@@ -67,16 +68,29 @@ class PretrainedBackbone:
             SetupError: If there are pretrained weights, and one of the frozen tensors is not among them.
         """
         source = self._configured_source()
+        before, self.loaded_names = self.loaded_names, frozenset()
         try:
-            with without_adapters(self), _same_flags(self):
+            with without_adapters(self), _same_flags(self), loads() as tensors:
                 super().init_weights()
         except AssertionError:
             if source is not None and source['prefix']:
                 check_prefix(source['checkpoint'], source['prefix'], 'init_cfg.prefix of the backbone')
             raise
+        self.note_elsewhere(tensors)
+        self.loaded_names |= before
         if source is not None:
             self.check_base(f'{source["checkpoint"]} does not fit {type(self).__name__}')
-            self.set_base(source, self.loaded_names)
+            self.set_base(source, self.loaded_names - self.loaded_elsewhere)
+
+    def note_elsewhere(self, tensors: Sequence[Tensor]) -> None:
+        """Remember those of the tensors, to which a state dict was copied, that did not get it as parts of this backbone.
+
+        A part may have an ``init_cfg`` of its own, and constructors load what they like: neither can be had again.
+        """
+        known = set(map(id, tensors))
+        names = {name for name, tensor in self.state_dict(keep_vars=True).items() if id(tensor) in known}
+        self.loaded_elsewhere |= names - self.loaded_names
+        self.loaded_names |= names
 
     def set_base(self, source: Dict[str, Optional[str]], names: Set[str]) -> None:
         """Remember that the frozen tensors of those names came from that source; see :class:`Base`."""
@@ -129,8 +143,8 @@ class PretrainedBackbone:
         if missing:
             raise SetupError(
                 f'{what}: {len(missing)} frozen tensors would stay random, among them {", ".join(missing[:3])}.',
-                "Check the backbone's arch and the checkpoint and prefix of its init_cfg=dict(type='Pretrained', ...), or "
-                'give a whole checkpoint as load_from.')
+                "Check the backbone's arch and the checkpoint and prefix of its init_cfg=dict(type='Pretrained', ...), "
+                'give a whole checkpoint as load_from, or name what is new, to train it, in liera=dict(train=[...]).')
 
     def _needs_no_loading(self, name: str) -> bool:
         """Whether a frozen tensor that was not loaded is what it should be all the same, rather than random."""
@@ -293,10 +307,32 @@ def note_loaded(backbone: PretrainedBackbone, *_: Any) -> None:
                                          if before.get(name) != version}
 
 
+@contextlib.contextmanager
+def loads() -> Iterator[List[Tensor]]:
+    """A context that collects the tensors to which state dicts are copied in it, whatever module is loaded."""
+    tensors, load = [], nn.Module._load_from_state_dict
+
+    def load_and_collect(module, *args, **kwargs):
+        before = _marks({**module._parameters, **module._buffers})
+        load(module, *args, **kwargs)
+        own = {**module._parameters, **module._buffers}
+        tensors.extend(own[name] for name, mark in _marks(own).items() if before.get(name) != mark)
+
+    nn.Module._load_from_state_dict = load_and_collect
+    try:
+        yield tensors
+    finally:
+        nn.Module._load_from_state_dict = load
+
+
 def _versions(module: nn.Module) -> Dict[str, Tuple[int, Optional[int]]]:
-    """What changes about every tensor of a state dict, by name, when something is copied to it, or put in its place."""
+    return _marks(module.state_dict(keep_vars=True))
+
+
+def _marks(tensors: Mapping[str, Optional[Tensor]]) -> Dict[str, Tuple[int, Optional[int]]]:
+    """What changes about every tensor, by name, when something is copied to it, or put in its place."""
     return {name: (id(tensor), None if tensor.is_inference() else tensor._version)
-            for name, tensor in module.state_dict(keep_vars=True).items()}
+            for name, tensor in tensors.items() if tensor is not None}
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import pytest
 import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import MMLogger
-from mmengine.model import PretrainedInit
+from mmengine.model import BaseModule, PretrainedInit
 from mmengine.registry import MODELS, DefaultScope
 from safetensors.torch import save_file
 from torch import nn
@@ -451,3 +451,34 @@ def test_a_module_called_adapter(tmp_path, missing):
         return
     with pytest.raises(RuntimeError, match='1 frozen tensors would stay random, among them block.adapter.weight'):
         model.init_weights()
+
+
+class Composed(BaseModule):
+    """A backbone around another one, whose weights its constructor loads, or an init_cfg of the other's own."""
+
+    def __init__(self, file, way, init_cfg=None):
+        super().__init__(init_cfg)
+        inner = dict(RESNET, init_cfg=ConfigDict(type='Pretrained', checkpoint=file)) if way == 'init_cfg' else RESNET
+        self.body, self.lateral = MODELS.build(inner), nn.Conv2d(4, 4, 1)
+        if way != 'init_cfg':
+            self.body.load_state_dict(torch.load(file), assign=way == 'assign')
+            self.body.init_weights = lambda: None
+
+
+@pytest.mark.parametrize('way', ['init_cfg', 'constructor', 'assign'])
+def test_weights_of_a_part(tmp_path, way):
+    """They count as loaded, and as not to be had again; what is new trains, or is refused."""
+    MODELS.register_module(name='TestComposed', module=Composed, force=True)
+    state = random_state(RESNET)
+    torch.save(state, tmp_path / 'base.pth')
+    cfg = dict(type='mmengine.TestComposed', file=str(tmp_path / 'base.pth'), way=way)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        model = MODELS.build(dict(type='LieRABackbone', backbone=cfg, liera=dict(rank=2, train=['lateral'])))
+        forgetful = MODELS.build(dict(type='LieRABackbone', backbone=cfg, liera=dict(rank=2)))
+    for each in (model, forgetful):
+        each.init_weights()
+    assert_loaded(model, {f'body.{name}': tensor for name, tensor in state.items()}, but=['lateral.weight', 'lateral.bias'])
+    model.check_base('there')
+    assert not model.base_record([model.state_dict()])['fingerprint']
+    with pytest.raises(RuntimeError, match=r'2 frozen tensors would stay random, among them lateral.weight(?s:.*)train='):
+        forgetful.check_base('not there')
