@@ -1,118 +1,121 @@
-"""The 7x7 depthwise convolution of tensors with the channels last, and the gradient by its weight."""
+"""The 7x7 depthwise convolution of tensors with the channels last, and the gradient by its weight.
+
+A program takes strips of a few columns and goes down their rows. Each row of pixels is read once; the sums of the seven rows
+of the output that it belongs to, or of the 49 taps, stay in registers, as tuples of tensors (BT strips, BC channels).
+"""
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import cdiv, power_of_2, processors, sum_parts
+from .common import cdiv, power_of_2, sum_parts
+
+ROWS, COLUMNS, STRIPS = 32, 4, 4
 
 
 @triton.jit
-def _tap(x, base, row, col, ch, H, W, C):
-    inside = (row >= 0) & (row < H) & (col >= 0) & (col < W)
-    return tl.load(x + base + (row * W + col)[:, None] * C + ch[None, :], inside[:, None] & (ch < C)[None, :],
-                   other=0.).to(tl.float32)
+def _row(x, row, first, last, col, W, ch, C, N: tl.constexpr):
+    """Columns col to col + N - 1 of a row; zeros where there is no such column, or the row is not of first to last - 1."""
+    pixels = ()
+    for j in tl.static_range(N):
+        inside = (row >= first) & (row < last) & (col + j >= 0) & (col + j < W)
+        at = (row * W + col + j)[:, None] * C + ch[None, :]
+        pixels = pixels + (tl.load(x + at, inside[:, None] & (ch < C)[None, :], other=0.).to(tl.float32), )
+    return pixels
 
 
 @triton.jit
-def _weight(w, kh, kw, ch, C, K: tl.constexpr, FLIP: tl.constexpr):
-    tap = kh * K + kw
-    if FLIP:
-        tap = K * K - 1 - tap
-    return tl.load(w + tap * C + ch, ch < C, other=0.).to(tl.float32)[None, :]
+def _strips(W, ROWS, COLS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+    """The first row, the first columns, and the channels of a program."""
+    blocks = tl.cdiv(W, BT * COLS)
+    col = (tl.program_id(1) % blocks * BT + tl.arange(0, BT)) * COLS
+    return tl.program_id(1) // blocks * ROWS, col, tl.program_id(0) * BC + tl.arange(0, BC)
 
 
 @triton.jit
-def _depthwise(x, w, b, add, out, H, W, C, K: tl.constexpr, FLIP: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
-               BW: tl.constexpr, BC: tl.constexpr):
-    """Four rows of the output: every loaded pixel serves up to four of them."""
-    ch = tl.program_id(0) * BC + tl.arange(0, BC)
-    blocks = tl.cdiv(W, BW)
-    top, col = tl.program_id(1) // blocks * 4, tl.program_id(1) % blocks * BW + tl.arange(0, BW)
+def _depthwise(x, w, b, add, out, H, W, C, ROWS, K: tl.constexpr, FLIP: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+               COLS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+    top, col, ch = _strips(W, ROWS, COLS, BT, BC)
     base = tl.program_id(2).to(tl.int64) * H * W * C
-    acc0, acc1 = tl.zeros((BW, BC), tl.float32), tl.zeros((BW, BC), tl.float32)
-    acc2, acc3 = tl.zeros((BW, BC), tl.float32), tl.zeros((BW, BC), tl.float32)
-    for i in tl.static_range(K + 3):
-        for kw in range(K):
-            tap = _tap(x, base, top + i - K // 2, col + kw - K // 2, ch, H, W, C)
-            if i < K:
-                acc0 += tap * _weight(w, i, kw, ch, C, K, FLIP)
-            if i >= 1 and i - 1 < K:
-                acc1 += tap * _weight(w, i - 1, kw, ch, C, K, FLIP)
-            if i >= 2 and i - 2 < K:
-                acc2 += tap * _weight(w, i - 2, kw, ch, C, K, FLIP)
-            if i >= 3:
-                acc3 += tap * _weight(w, i - 3, kw, ch, C, K, FLIP)
-    _store_row(out, acc0, b, add, base, top, col, ch, H, W, C, BIAS, ADD)
-    _store_row(out, acc1, b, add, base, top + 1, col, ch, H, W, C, BIAS, ADD)
-    _store_row(out, acc2, b, add, base, top + 2, col, ch, H, W, C, BIAS, ADD)
-    _store_row(out, acc3, b, add, base, top + 3, col, ch, H, W, C, BIAS, ADD)
-
-
-@triton.jit
-def _store_row(out, acc, b, add, base, row, col, ch, H, W, C, BIAS: tl.constexpr, ADD: tl.constexpr):
-    at = base + (row * W + col)[:, None] * C + ch[None, :]
-    mask = ((row < H) & (col < W))[:, None] & (ch < C)[None, :]
+    x, add, out = x + base, add + base, out + base
+    zero = tl.zeros((BT, BC), tl.float32)
+    weights = ()
+    for tap in tl.static_range(K * K):
+        weight = tl.load(w + (K * K - 1 - tap if FLIP else tap) * C + ch, ch < C, other=0.).to(tl.float32)
+        weights = weights + (zero + weight[None, :], )
+    bias = zero
     if BIAS:
-        acc += tl.load(b + ch, ch < C, other=0.).to(tl.float32)[None, :]
-    if ADD:
-        acc += tl.load(add + at, mask, other=0.).to(tl.float32)
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask)
+        bias += tl.load(b + ch, ch < C, other=0.).to(tl.float32)[None, :]
+    acc = (zero, ) * ((K - 1) * COLS)
+    for i in range(ROWS + K - 1):
+        pixels = _row(x, top + i - K // 2, 0, H, col - K // 2, W, ch, C, COLS + K - 1)
+        row, sums = top + i - K + 1, ()  # of the output, whose last pixels these are
+        for kh in tl.static_range(K):
+            for c in tl.static_range(COLS):
+                total = bias if kh == 0 else acc[(kh - 1) * COLS + c]
+                for kw in tl.static_range(K):
+                    total = tl.fma(pixels[c + kw], weights[kh * K + kw], total)
+                if kh < K - 1:
+                    sums = sums + (total, )
+                else:
+                    at = (row * W + col + c)[:, None] * C + ch[None, :]
+                    mask = ((row >= top) & (row < H) & (col + c < W))[:, None] & (ch < C)[None, :]
+                    if ADD:
+                        total += tl.load(add + at, mask, other=0.).to(tl.float32)
+                    tl.store(out + at, total.to(out.dtype.element_ty), mask)
+        acc = sums
 
 
 @triton.jit
-def _depthwise_weight_grad(x, dy, dw, H, W, C, images, K: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr):
-    """One row of the kernel: seven taps, summed over every parts-th row of all images."""
-    tl.static_assert(K == 7)
-    ch, kh = tl.program_id(0) * BC + tl.arange(0, BC), tl.program_id(1)
-    part, parts = tl.program_id(2), tl.num_programs(2)
-    acc0, acc1 = tl.zeros((BW, BC), tl.float32), tl.zeros((BW, BC), tl.float32)
-    acc2, acc3 = tl.zeros((BW, BC), tl.float32), tl.zeros((BW, BC), tl.float32)
-    acc4, acc5 = tl.zeros((BW, BC), tl.float32), tl.zeros((BW, BC), tl.float32)
-    acc6 = tl.zeros((BW, BC), tl.float32)
-    for line in range(part, images * H, parts):
-        base, row = (line // H).to(tl.int64) * H * W * C, line % H
-        for start in range(0, W, BW):
-            col = start + tl.arange(0, BW)
-            grad = _tap(dy, base, row, col, ch, H, W, C)
-            source = row + kh - K // 2
-            acc0 += grad * _tap(x, base, source, col - 3, ch, H, W, C)
-            acc1 += grad * _tap(x, base, source, col - 2, ch, H, W, C)
-            acc2 += grad * _tap(x, base, source, col - 1, ch, H, W, C)
-            acc3 += grad * _tap(x, base, source, col, ch, H, W, C)
-            acc4 += grad * _tap(x, base, source, col + 1, ch, H, W, C)
-            acc5 += grad * _tap(x, base, source, col + 2, ch, H, W, C)
-            acc6 += grad * _tap(x, base, source, col + 3, ch, H, W, C)
-    at = dw + ((part * K + kh) * K) * C + ch
-    tl.store(at, tl.sum(acc0, 0), ch < C)
-    tl.store(at + C, tl.sum(acc1, 0), ch < C)
-    tl.store(at + 2 * C, tl.sum(acc2, 0), ch < C)
-    tl.store(at + 3 * C, tl.sum(acc3, 0), ch < C)
-    tl.store(at + 4 * C, tl.sum(acc4, 0), ch < C)
-    tl.store(at + 5 * C, tl.sum(acc5, 0), ch < C)
-    tl.store(at + 6 * C, tl.sum(acc6, 0), ch < C)
+def _depthwise_weight_grad(x, dy, dw, H, W, C, ROWS, K: tl.constexpr, COLS: tl.constexpr, BT: tl.constexpr,
+                           BC: tl.constexpr):
+    top, col, ch = _strips(W, ROWS, COLS, BT, BC)
+    base = tl.program_id(2).to(tl.int64) * H * W * C
+    last = min(top + ROWS, H)
+    zero = tl.zeros((BT, BC), tl.float32)
+    acc, above = (zero, ) * (K * K), (zero, ) * ((K - 1) * COLS)
+    for i in range(ROWS + K - 1):
+        pixels = _row(x + base, top + i - K // 2, 0, H, col - K // 2, W, ch, C, COLS + K - 1)
+        # The rows of dy that these pixels are summed with: the lowest by the first row of taps
+        grads = _row(dy + base, top + i, top, last, col, W, ch, C, COLS) + above
+        sums, above = (), ()
+        for kh in tl.static_range(K):
+            for kw in tl.static_range(K):
+                total = acc[kh * K + kw]
+                for c in tl.static_range(COLS):
+                    total = tl.fma(grads[kh * COLS + c], pixels[c + kw], total)
+                sums = sums + (total, )
+        for j in tl.static_range((K - 1) * COLS):
+            above = above + (grads[j], )
+        acc = sums
+    part = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    for tap in tl.static_range(K * K):
+        tl.store(dw + (part * K * K + tap) * C + ch, tl.sum(acc[tap], 0), ch < C)
+
+
+def _tiles(shape: torch.Size):
+    images, height, width, channels = shape
+    bc, rows = min(power_of_2(channels), 64), min(height, ROWS)
+    grid = cdiv(channels, bc), cdiv(height, rows) * cdiv(width, COLUMNS * STRIPS), images
+    return grid, dict(ROWS=rows, K=7, COLS=COLUMNS, BT=STRIPS, BC=bc, num_warps=STRIPS)
 
 
 def depthwise(x: Tensor, taps: Tensor, bias, add, flip: bool) -> Tensor:
-    images, height, width, channels = x.shape
-    bc, bw = min(power_of_2(channels), 32), 32
     out = torch.empty_like(x)
-    grid = cdiv(channels, bc), cdiv(height, 4) * cdiv(width, bw), images
-    _depthwise[grid](x, taps, taps if bias is None else bias, x if add is None else add, out, height, width, channels,
-                     K=7, FLIP=flip, BIAS=bias is not None, ADD=add is not None, BW=bw, BC=bc, num_warps=2)
+    grid, meta = _tiles(x.shape)
+    _depthwise[grid](x, taps, taps if bias is None else bias, x if add is None else add, out, *x.shape[1:],
+                     FLIP=flip, BIAS=bias is not None, ADD=add is not None, **meta)
     return out
 
 
 def depthwise_weight_grad(x: Tensor, dy: Tensor) -> Tensor:
-    images, height, width, channels = x.shape
-    bc, bw = min(power_of_2(channels), 64), 16
-    columns = cdiv(channels, bc)
-    parts = max(1, min(images * height, 4 * processors(x.device) // (7 * columns)))
-    out = torch.empty(parts, 49, channels, dtype=torch.float32, device=x.device)
-    _depthwise_weight_grad[(columns, 7, parts)](x, dy, out, height, width, channels, images, K=7, BW=bw, BC=bc,
-                                               num_warps=4)
+    channels = x.shape[3]
+    grid, meta = _tiles(x.shape)
+    parts = grid[1] * grid[2]
+    sums = torch.empty(parts, 49, channels, dtype=torch.float32, device=x.device)
+    _depthwise_weight_grad[grid](x, dy, sums, *x.shape[1:], **meta)
     grad = torch.empty(channels, 49, dtype=x.dtype, device=x.device)
-    _sum_taps[(channels, )](out, grad, parts, channels, TAPS=64)
+    _sum_taps[(channels, )](sums, grad, parts, channels, TAPS=64)
     return grad
 
 
