@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.modules.utils import _pair
 
 from ..core.kernels import ops_for
+from ..core.kernels.roi import roi_pool
 from .masks import DeviceMasks
 from .targets import Boxes, Samples, assign, decode, encode, image_sizes, pad_boxes, sample, take, unsupported
 
@@ -237,23 +238,20 @@ class DeviceRoIHead(StandardRoIHead):
 
 @MODELS.register_module()
 class DeviceRoIExtractor(SingleRoIExtractor):
-    """MMDetection's ``SingleRoIExtractor``, but in training every level pools all RoIs: those of others, without extent.
-
-    From no extent no pixel is read, and the result is zero.
-    """
+    """MMDetection's ``SingleRoIExtractor``, but in training all RoIs are pooled at once, each from the level of its own."""
 
     def forward(self, feats: Tuple[Tensor], rois: Tensor, roi_scale_factor: Optional[float] = None) -> Tensor:
         usual = all(getattr(layer, 'aligned', False) and layer.sampling_ratio == 0 and layer.pool_mode == 'avg'
-                    for layer in self.roi_layers)
-        if not (self.training and usual) or len(feats) == 1 or len(rois) == 0:
+                    and layer.output_size[0] == layer.output_size[1] for layer in self.roi_layers)
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        if not (self.training and usual) or len(feats) == 1 or len(rois) == 0 or deterministic:
             return super().forward(feats, rois, roi_scale_factor)
         rois = rois.type_as(feats[0])
         levels = self.map_roi_levels(rois, len(feats))
         if roi_scale_factor is not None:
             rois = self.roi_rescale(rois, roi_scale_factor)
-        image, boxes = rois[:, :1], rois[:, 1:]
-        return sum(layer(feat, torch.cat([image, boxes * (levels == level)[:, None]], 1))
-                   for level, (layer, feat) in enumerate(zip(self.roi_layers, feats)))
+        scales = [layer.spatial_scale for layer in self.roi_layers]
+        return roi_pool(feats, rois, levels, scales, self.roi_layers[0].output_size[0])
 
 
 @functools.lru_cache(maxsize=16)

@@ -301,11 +301,9 @@ def test_the_host_never_waits(monkeypatch):
     roi = build(roi_config('DeviceRoIHead', 'DeviceRoIExtractor', num=32))
     monkeypatch.setattr('liera_mm.models.masks.roi_align',
                         lambda masks, rois, size, *_: masks.new_zeros(len(rois), 1, *size))
-    for extractor in (roi.bbox_roi_extractor, roi.mask_roi_extractor):  # these check their RoIs on a CPU
-        for layer in extractor.roi_layers:
-            monkeypatch.setattr(layer, 'forward', lambda x, rois, layer=layer: x[rois[:, 0].long()][:, :, :1, :1].expand(
-                -1, -1, *layer.output_size))
-    # The fused NMS has a kernel of its own
+    # On a device, kernels of their own do these
+    monkeypatch.setattr('liera_mm.core.kernels.torch_ops.roi_pool', lambda features, rois, _, scales, bins: features[0][
+        rois[:, 0].long(), :1, :1].expand(-1, bins, bins, -1).contiguous())
     monkeypatch.setattr('liera_mm.core.kernels.torch_ops.nms_kept', lambda boxes, threshold: boxes[..., 2] > 5)
     x, data = features(), samples()
     with NoWaiting():

@@ -3,7 +3,7 @@
 Shapes: N images, T tokens (pixels) an image, C channels, J hidden channels. Statistics and sums are in float32 or better.
 """
 import math
-from typing import Optional, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -147,3 +147,24 @@ def nms_kept(boxes: Tensor, threshold: float) -> Tensor:
     for row, each in zip(kept, boxes):
         row[nms(each, scores, threshold)] = True
     return kept
+
+
+def roi_pool(features: Sequence[Tensor], rois: Tensor, levels: Tensor, scales: Sequence[float], bins: int) -> Tensor:
+    """RoIAlign of every RoI, (K, 5), from its level, (N, H, W, C): (K, bins, bins, C)."""
+    align = torch.ops.torchvision.roi_align
+    return sum(align(each.permute(0, 3, 1, 2), _of_level(rois, levels == level, each.dtype), scale, bins, bins, 0, True)
+               for level, (each, scale) in enumerate(zip(features, scales))).permute(0, 2, 3, 1)
+
+
+def roi_pool_grad(grad: Tensor, shapes: Sequence[torch.Size], rois: Tensor, levels: Tensor,
+                  scales: Sequence[float]) -> List[Tensor]:
+    """Gradients of :func:`roi_pool` by the levels."""
+    backward, bins, grad = torch.ops.torchvision._roi_align_backward, grad.shape[1], grad.permute(0, 3, 1, 2)
+    return [backward(grad, _of_level(rois, levels == level, grad.dtype), scale, bins, bins, images, channels, height, width,
+                     0, True).permute(0, 2, 3, 1)
+            for level, ((images, height, width, channels), scale) in enumerate(zip(shapes, scales))]
+
+
+def _of_level(rois: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Those RoIs; the others without extent, and so without a pixel."""
+    return torch.cat([rois[:, :1], rois[:, 1:] * mask[:, None]], 1).to(dtype)

@@ -117,6 +117,18 @@ def test_depthwise(shape, dtype):
     agree('depthwise_weight_grad', dtype, x, random(*shape, dtype=dtype))
 
 
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('channels, bins', [(5, 2)] + [(70, 3), (256, 7)] * (DEVICE == 'cuda'))
+def test_roi_pool(channels, bins, dtype):
+    """RoIs in the image, across its border, outside of it, larger than it, smaller than a pixel, and without extent."""
+    shapes, scales = [torch.Size([2, 6, 7, channels]), torch.Size([2, 3, 4, channels])], [.25, .125]
+    rois = torch.tensor([[0, 3., 5, 20, 13], [1, -6, -3, 30, 10], [0, 40, 30, 50, 40], [1, -9, -9, 40, 40],
+                         [0, 10, 10, 12, 11], [1, 0, 0, 0, 0], [0, 9, 0, 27, 23]], device=DEVICE)
+    levels = torch.tensor([0, 1, 1, 1, 0, 0, 0], device=DEVICE)
+    agree('roi_pool', dtype, [random(*shape, dtype=dtype) for shape in shapes], rois, levels, scales, bins)
+    agree('roi_pool_grad', dtype, random(len(rois), bins, bins, channels, dtype=dtype), shapes, rois, levels, scales)
+
+
 @pytest.mark.parametrize('count', [0, 1, 63, 64, 65, 200] + [8000] * (DEVICE == 'cuda'))
 @pytest.mark.parametrize('threshold', [.1, .5, .9])
 def test_nms(count, threshold):
