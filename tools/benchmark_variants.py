@@ -97,6 +97,7 @@ DEVICE_HEADS = {
 }
 
 GRAPHS = {'custom_hooks': [dict(type='CUDAGraphHook', modules=['backbone', 'neck'])]}
+GRAPH = {'custom_hooks': [dict(type='CUDAGraphHook', modules=['backbone'])]}
 
 # What each changes in the backbone's config. Beside that: its update rule, whether all of it trains, what replaces its
 # layers, other options of the config, another config, and whether the loss is looked at as LieRAHook does (watched).
@@ -128,6 +129,7 @@ SETTINGS: Dict[str, Dict[str, Any]] = {
     'device heads': dict(update='taylor', options=DEVICE_HEADS),
     'graphs': dict(update='taylor', options=GRAPHS),
     'device heads, graphs': dict(update='taylor', options={**DEVICE_HEADS, **GRAPHS}),
+    'device heads, graphs of backbone': dict(update='taylor', options={**DEVICE_HEADS, **GRAPH}),
     'device heads, graphs of rpn': dict(update='taylor', config='mask-rcnn_convnextv2-b_liera-graphs_r16.py'),
 }
 # Every parameterisation of Δ

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import cdiv, power_of_2, sum_parts
+from .common import cdiv, power_of_2
 
 ROWS, COLUMNS, STRIPS = 32, 4, 4
 
@@ -20,8 +20,16 @@ def _row(x, row, first, last, col, W, ch, C, N: tl.constexpr):
     for j in tl.static_range(N):
         inside = (row >= first) & (row < last) & (col + j >= 0) & (col + j < W)
         at = (row * W + col + j)[:, None] * C + ch[None, :]
-        pixels = pixels + (tl.load(x + at, inside[:, None] & (ch < C)[None, :], other=0.).to(tl.float32), )
+        pixels = pixels + (tl.load(x + at, inside[:, None] & (ch < C)[None, :], other=0.), )
     return pixels
+
+
+@triton.jit
+def _floats(tensors, N: tl.constexpr):
+    result = ()
+    for j in tl.static_range(N):
+        result = result + (tensors[j].to(tl.float32), )
+    return result
 
 
 @triton.jit
@@ -47,23 +55,30 @@ def _depthwise(x, w, b, add, out, H, W, C, ROWS, K: tl.constexpr, FLIP: tl.const
     if BIAS:
         bias += tl.load(b + ch, ch < C, other=0.).to(tl.float32)[None, :]
     acc = (zero, ) * ((K - 1) * COLS)
+    ahead = _row(x, top - K // 2, 0, H, col - K // 2, W, ch, C, COLS + K - 1)
     for i in range(ROWS + K - 1):
-        pixels = _row(x, top + i - K // 2, 0, H, col - K // 2, W, ch, C, COLS + K - 1)
-        row, sums = top + i - K + 1, ()  # of the output, whose last pixels these are
+        row, pixels = top + i - K + 1, _floats(ahead, COLS + K - 1)  # of the output, whose last pixels these are
+        # What is read next is asked for before anything is written, or it would wait for that
+        ahead = _row(x, top + i + 1 - K // 2, 0, H, col - K // 2, W, ch, C, COLS + K - 1)
+        if ADD:
+            others = _row(add, row, top, H, col, W, ch, C, COLS)
+        sums = ()
         for kh in tl.static_range(K):
             for c in tl.static_range(COLS):
                 total = bias if kh == 0 else acc[(kh - 1) * COLS + c]
                 for kw in tl.static_range(K):
                     total = tl.fma(pixels[c + kw], weights[kh * K + kw], total)
-                if kh < K - 1:
-                    sums = sums + (total, )
-                else:
-                    at = (row * W + col + c)[:, None] * C + ch[None, :]
-                    mask = ((row >= top) & (row < H) & (col + c < W))[:, None] & (ch < C)[None, :]
-                    if ADD:
-                        total += tl.load(add + at, mask, other=0.).to(tl.float32)
-                    tl.store(out + at, total.to(out.dtype.element_ty), mask)
-        acc = sums
+                sums = sums + (total, )
+        for c in tl.static_range(COLS):
+            total = sums[(K - 1) * COLS + c]
+            if ADD:
+                total += others[c].to(tl.float32)
+            at = (row * W + col + c)[:, None] * C + ch[None, :]
+            mask = ((row >= top) & (row < H) & (col + c < W))[:, None] & (ch < C)[None, :]
+            tl.store(out + at, total.to(out.dtype.element_ty), mask)
+        acc = ()
+        for j in tl.static_range((K - 1) * COLS):
+            acc = acc + (sums[j], )
 
 
 @triton.jit
@@ -71,13 +86,17 @@ def _depthwise_weight_grad(x, dy, dw, H, W, C, ROWS, K: tl.constexpr, COLS: tl.c
                            BC: tl.constexpr):
     top, col, ch = _strips(W, ROWS, COLS, BT, BC)
     base = tl.program_id(2).to(tl.int64) * H * W * C
+    x, dy = x + base, dy + base
     last = min(top + ROWS, H)
     zero = tl.zeros((BT, BC), tl.float32)
     acc, above = (zero, ) * (K * K), (zero, ) * ((K - 1) * COLS)
+    ahead = _row(x, top - K // 2, 0, H, col - K // 2, W, ch, C, COLS + K - 1)
+    below = _row(dy, top, top, last, col, W, ch, C, COLS)
     for i in range(ROWS + K - 1):
-        pixels = _row(x + base, top + i - K // 2, 0, H, col - K // 2, W, ch, C, COLS + K - 1)
         # The rows of dy that these pixels are summed with: the lowest by the first row of taps
-        grads = _row(dy + base, top + i, top, last, col, W, ch, C, COLS) + above
+        pixels, grads = _floats(ahead, COLS + K - 1), _floats(below, COLS) + above
+        ahead = _row(x, top + i + 1 - K // 2, 0, H, col - K // 2, W, ch, C, COLS + K - 1)
+        below = _row(dy, top + i + 1, top, last, col, W, ch, C, COLS)
         sums, above = (), ()
         for kh in tl.static_range(K):
             for kw in tl.static_range(K):
@@ -91,6 +110,17 @@ def _depthwise_weight_grad(x, dy, dw, H, W, C, ROWS, K: tl.constexpr, COLS: tl.c
     part = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
     for tap in tl.static_range(K * K):
         tl.store(dw + (part * K * K + tap) * C + ch, tl.sum(acc[tap], 0), ch < C)
+
+
+@triton.jit
+def _sum_taps(sums, grad, parts, C, TAPS: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
+    tap, ch = tl.program_id(0), tl.program_id(1) * BC + tl.arange(0, BC)
+    total = tl.zeros((BP, BC), tl.float32)
+    for start in range(0, parts, BP):
+        part = start + tl.arange(0, BP)
+        at = (part[:, None] * TAPS + tap) * C + ch[None, :]
+        total += tl.load(sums + at, (part < parts)[:, None] & (ch < C)[None, :], other=0.)
+    tl.store(grad + ch * TAPS + tap, tl.sum(total, 0).to(grad.dtype.element_ty), ch < C)
 
 
 def _tiles(shape: torch.Size):
@@ -115,12 +145,5 @@ def depthwise_weight_grad(x: Tensor, dy: Tensor) -> Tensor:
     sums = torch.empty(parts, 49, channels, dtype=torch.float32, device=x.device)
     _depthwise_weight_grad[grid](x, dy, sums, *x.shape[1:], **meta)
     grad = torch.empty(channels, 49, dtype=x.dtype, device=x.device)
-    _sum_taps[(channels, )](sums, grad, parts, channels, TAPS=64)
+    _sum_taps[(49, cdiv(channels, 32))](sums, grad, parts, channels, TAPS=49, BP=32, BC=32, num_warps=4)
     return grad
-
-
-@triton.jit
-def _sum_taps(sums, grad, parts, C, TAPS: tl.constexpr):
-    ch, tap = tl.program_id(0), tl.arange(0, TAPS)
-    total = sum_parts(sums + tap * C + ch, 49 * C, parts, tap < 49, TAPS)
-    tl.store(grad + ch * 49 + tap, total.to(grad.dtype.element_ty), tap < 49)
