@@ -41,12 +41,12 @@ def measure(names: List[str], arch: str, rank: int, images: int, size: int, roun
     for name in names:
         variants.append(Variant(name, arch, rank))
         for _ in range(3):
-            variants[-1].repeat(data)
+            variants[-1].weigh(data)
         variants[-1].warmed_up()
-    for _ in trange(rounds):
+    for turn in trange(rounds):
         for variant in variants:
             for _ in range(3):
-                variant.repeat(data)
+                (variant.repeat if turn else variant.weigh)(data)
     rows = [variant.row() for variant in variants]
     card = [sum(ms for ms, _ in on_card(variant, data).values()) for variant in variants]
     return [dict(row, card=ms, **variant.sizes()) for row, ms, variant in zip(rows, card, variants)]
@@ -120,7 +120,7 @@ def trajectories(names: List[str], arch: str, rank: int, images: int, size: int,
         variant = Variant(name, arch, rank)
         for step in range(steps):
             torch.manual_seed(step)
-            variant.step(variant.loaded(batches[step % len(batches)]))
+            variant.repeat(batches[step % len(batches)])
         losses[label] = variant.losses
         del variant
     return losses

@@ -86,21 +86,21 @@ UNDONE: Dict[str, Dict[str, Any]] = {
     'RandomSampler': {f'model.train_cfg.{stage}.sampler.type': 'RandomSampler' for stage in ('rpn', 'rcnn')},
     'AdamW not fused': {'optim_wrapper.optimizer.fused': None},
     '2 workers': {'train_dataloader.num_workers': 2},
+    'stock heads': {
+        'model.rpn_head.type': 'RPNHead', 'model.roi_head.type': 'StandardRoIHead',
+        **{f'model.roi_head.{part}_roi_extractor.type': 'SingleRoIExtractor' for part in ('bbox', 'mask')}},
+    'no graphs': {'custom_hooks': [dict(type='LieRAHook')], 'model.data_preprocessor.batch_augments': None},
 }
+
+
+def graphs(*modules: str) -> Dict[str, Any]:
+    return {'custom_hooks': [dict(type='CUDAGraphHook', modules=modules)]}
+
+
 STOCK = {key: value for options in UNDONE.values() for key, value in options.items()}
 
-# The heads of liera_mm/models/device_heads.py
-DEVICE_HEADS = {
-    'model.rpn_head.type': 'DeviceRPNHead', 'model.roi_head.type': 'DeviceRoIHead',
-    'model.roi_head.bbox_roi_extractor.type': 'DeviceRoIExtractor',
-    'model.roi_head.mask_roi_extractor.type': 'DeviceRoIExtractor',
-}
-
-GRAPHS = {'custom_hooks': [dict(type='CUDAGraphHook', modules=['backbone', 'neck'])]}
-GRAPH = {'custom_hooks': [dict(type='CUDAGraphHook', modules=['backbone'])]}
-
 # What each changes in the backbone's config. Beside that: its update rule, whether all of it trains, what replaces its
-# layers, other options of the config, another config, and whether the loss is looked at as LieRAHook does (watched).
+# layers, other options of the config, and whether the loss is looked at as LieRAHook does (watched).
 VARIANTS: Dict[str, Dict[str, Any]] = {
     'full': dict(options=STOCK, fast=False, trainable=True),
     'frozen': dict(options=STOCK, fast=False),
@@ -126,11 +126,9 @@ SETTINGS: Dict[str, Dict[str, Any]] = {
     'workers end': dict(update='taylor', options={'train_dataloader.persistent_workers': False}),
     'watched': dict(update='taylor', watched=True),
     'plain': dict(update='taylor', scale='plain'),
-    'device heads': dict(update='taylor', options=DEVICE_HEADS),
-    'graphs': dict(update='taylor', options=GRAPHS),
-    'device heads, graphs': dict(update='taylor', options={**DEVICE_HEADS, **GRAPHS}),
-    'device heads, graphs of backbone': dict(update='taylor', options={**DEVICE_HEADS, **GRAPH}),
-    'device heads, graphs of rpn': dict(update='taylor', config='mask-rcnn_convnextv2-b_liera-graphs_r16.py'),
+    'stock heads, no graphs': dict(update='taylor', options={**UNDONE['stock heads'], **UNDONE['no graphs']}),
+    'graphs of neck': dict(update='taylor', options=graphs('backbone', 'neck')),
+    'graphs of neck, rpn': dict(update='taylor', options=graphs('backbone', 'neck', 'rpn_head')),
 }
 # Every parameterisation of Δ
 PARAMETERISATIONS: Dict[str, Dict[str, Any]] = {method: dict(update='taylor', method=method) for method in METHODS}
@@ -154,7 +152,7 @@ class Variant:
         if 'watched' in ALL[name]:
             LossWatch(self.model, self.optimizer)
         self.model.backbone.register_forward_hook(lambda *_: self._mark('backbone'))
-        graphed = [part for hook in self.cfg.custom_hooks if hook.type == 'CUDAGraphHook' for part in hook.modules]
+        graphed = [part for hook in self.cfg.custom_hooks if hook.type == 'CUDAGraphHook' for part in hook.get('modules', ['backbone'])]
         self.graphed = [self.model.get_submodule(part) for part in graphed]
         for part, module in zip(graphed, self.graphed):
             module.forward = Graphs(module, part, 4)
@@ -168,7 +166,11 @@ class Variant:
         return pin_memory(data) if self.cfg.train_dataloader.pin_memory else data
 
     def repeat(self, data: Dict[str, Any]) -> None:
-        """A step on a copy of a batch, and the memory that it takes."""
+        """A step on a copy of a batch."""
+        self.step(self.loaded(data))
+
+    def weigh(self, data: Dict[str, Any]) -> None:
+        """As :meth:`repeat`, and the memory that it takes."""
         data = self.loaded(data)
         others = torch.cuda.memory_allocated() - self.resident
         torch.cuda.reset_peak_memory_stats()
@@ -210,7 +212,7 @@ class Variant:
 
     def _graph_memory(self) -> int:
         """Bytes that graphs use while they run, which the allocator counts as free."""
-        pools = {module.forward.capture.args[0] for module in self.graphed}
+        pools = {module.forward.pool for module in self.graphed}
         return sum(segment['total_size'] - segment['allocated_size'] for segment in torch.cuda.memory_snapshot()
                    if tuple(segment['segment_pool_id']) in pools) if pools else 0
 
@@ -235,7 +237,7 @@ class Variant:
 def build(name: str, arch: str, rank: int, **options: Any) -> Tuple[Config, nn.Module, OptimWrapper]:
     """Our config for COCO as a variant has it, with other options, and its detector on the card, with an optimizer."""
     setting = ALL[name]
-    cfg = load_config(str(CONFIG.with_name(setting.get('config', CONFIG.name))), {**setting.get('options', {}), **options})
+    cfg = load_config(str(CONFIG), {**setting.get('options', {}), **options})
     liera = {key: setting[key] for key in ('update', 'scale', 'method') if key in setting}
     liera = dict(liera, rank=rank, alpha=2 * rank) if liera else None
     cfg.model.backbone.update(

@@ -21,7 +21,16 @@ model = dict(
         gap_before_final_norm=False,
         init_cfg=dict(type='Pretrained', checkpoint=checkpoint, prefix='backbone.')),
     neck=dict(in_channels=[128, 256, 512, 1024]),
-    data_preprocessor=dict(type='DeviceMaskPreprocessor', non_blocking=True),
+    data_preprocessor=dict(
+        type='DeviceMaskPreprocessor',
+        non_blocking=True,
+        # One size of images, as MMDetection's large-scale jitter has it, so that one CUDA graph is enough
+        batch_augments=[dict(type='BatchFixedSizePad', size=image_size, pad_mask=True)]),
+    rpn_head=dict(type='DeviceRPNHead'),
+    roi_head=dict(
+        type='DeviceRoIHead',
+        bbox_roi_extractor=dict(type='DeviceRoIExtractor'),
+        mask_roi_extractor=dict(type='DeviceRoIExtractor')),
     train_cfg=dict(
         rpn=dict(sampler=dict(type='DeviceRandomSampler')), rcnn=dict(sampler=dict(type='DeviceRandomSampler'))),
     test_cfg=dict(rpn=dict(nms=dict(type='nms')), rcnn=dict(nms=dict(type='soft_nms'))))
@@ -59,4 +68,4 @@ param_scheduler = [
 model_wrapper_cfg = dict(type='MMDistributedDataParallel', broadcast_buffers=False, gradient_as_bucket_view=True)
 
 default_hooks = dict(checkpoint=dict(max_keep_ckpts=1))
-custom_hooks = [dict(type='LieRAHook')]
+custom_hooks = [dict(type='LieRAHook'), dict(type='CUDAGraphHook')]

@@ -17,15 +17,15 @@ class CUDAGraphHook(Hook):
     """Replays parts of a model from CUDA graphs while it trains (see :class:`~liera_mm.models.graphs.Graphs`).
 
     For images that are padded to few sizes. On the CPU, in shards, and with batch norms that communicate, the model trains
-    without graphs, and the log says so. Not tested on a GPU yet.
+    without graphs, and the log says so.
 
     Args:
-        modules: Names of the modules, each with graphs of its own.
+        modules: Names of the modules, each with graphs of its own, in memory of its own.
         most: How many sizes of images may have graphs; others go without.
         capture: As for ``Graphs``.
     """
 
-    def __init__(self, modules: Sequence[str] = ('backbone', 'neck'), most: int = 4,
+    def __init__(self, modules: Sequence[str] = ('backbone', ), most: int = 4,
                  capture: Optional[Callable[..., Any]] = None):
         self.names, self.most, self.capture, self.modules = list(modules), most, capture, []
 

@@ -37,7 +37,7 @@ class Graphs:
 
     def __init__(self, module: nn.Module, name: str, most: int, capture: Optional[Callable[..., Any]] = None):
         self.module, self.name, self.most, self.given = module, name, most, capture
-        self.capture = capture or functools.partial(CUDAGraphPair, torch.cuda.graph_pool_handle(), torch.cuda.Stream())
+        self.capture, self.pool, self.stream = capture or self._in_pool, None, None
         self.eager, self.captured, self.turn = module.forward, 0, 0
         self.state: Optional[List[Any]] = None
         self.forms: Dict[Any, Form] = {}
@@ -56,7 +56,7 @@ class Graphs:
         if state is None:
             return self.eager(*args, **kwargs)
         if state != self.state:
-            self.state, self.forms = state, {}
+            self.state, self.forms, self.pool = state, {}, None
         key = (str(tree), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device),
                *((each.shape, each.stride(), each.dtype, each.device, each.requires_grad) for each in inputs))
         form = self.forms.get(key)
@@ -70,6 +70,11 @@ class Graphs:
             return form.watch(self.eager(*args, **kwargs))
         outputs = _Step.apply(self, form, len(inputs), *inputs, *form.parameters)
         return tree_unflatten(outputs, form.outputs)
+
+    def _in_pool(self, *args: Any) -> 'CUDAGraphPair':
+        if self.pool is None:  # one of earlier graphs may not be used again once they are gone
+            self.pool, self.stream = torch.cuda.graph_pool_handle(), self.stream or torch.cuda.Stream()
+        return CUDAGraphPair(self.pool, self.stream, *args)
 
     def _capture(self, form: 'Form', inputs: Sequence[Tensor]) -> None:
         places = [(each._parameters, name) for each in self.module.modules()
