@@ -152,7 +152,8 @@ class Variant:
         if 'watched' in ALL[name]:
             LossWatch(self.model, self.optimizer)
         self.model.backbone.register_forward_hook(lambda *_: self._mark('backbone'))
-        graphed = [part for hook in self.cfg.custom_hooks if hook.type == 'CUDAGraphHook' for part in hook.get('modules', ['backbone'])]
+        graphed = [part for hook in self.cfg.custom_hooks if hook.type == 'CUDAGraphHook'
+                   for part in hook.get('modules', ['backbone'])]
         self.graphed = [self.model.get_submodule(part) for part in graphed]
         for part, module in zip(graphed, self.graphed):
             module.forward = Graphs(module, part, 4)
