@@ -39,7 +39,7 @@ def measure(names: List[str], arch: str, rank: int, images: int, size: int, roun
     data = batch(images, size)
     variants = []
     for name in names:
-        variants.append(Variant(name, arch, rank))
+        variants.append(Variant(name, arch, rank, size))
         for _ in range(3):
             variants[-1].weigh(data)
         variants[-1].warmed_up()
@@ -117,7 +117,7 @@ def trajectories(names: List[str], arch: str, rank: int, images: int, size: int,
     batches = [batch(images, size, seed) for seed in range(8)]
     losses = {}
     for label, name in [*zip(names, names), (f'{names[0]} again', names[0])]:
-        variant = Variant(name, arch, rank)
+        variant = Variant(name, arch, rank, size)
         for step in range(steps):
             torch.manual_seed(step)
             variant.repeat(batches[step % len(batches)])

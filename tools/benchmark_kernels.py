@@ -62,7 +62,7 @@ def kernels(names: List[str], arch: str, rank: int, images: int, size: int) -> D
     """For each variant, by kernel: milliseconds and launches of a step on the card."""
     data, result = batch(images, size), {}
     for name in names:
-        variant = Variant(name, arch, rank)
+        variant = Variant(name, arch, rank, size)
         for _ in range(3):
             variant.repeat(data)
         result[name] = on_card(variant, data)
@@ -117,7 +117,7 @@ def waits(names: List[str], arch: str, rank: int, images: int, size: int) -> Dic
     """For each variant, how often the host waits for the device in a step, by the line of Python that has it wait."""
     data, result = batch(images, size), {}
     for name in names:
-        variant = Variant(name, arch, rank)
+        variant = Variant(name, arch, rank, size)
         for _ in range(2):
             variant.repeat(data)
         with warnings.catch_warnings(record=True) as caught:

@@ -144,11 +144,11 @@ class Variant:
         peak (int): Most bytes allocated during a step, without those of other variants.
     """
 
-    def __init__(self, name: str, arch: str, rank: int, **options: Any):
+    def __init__(self, name: str, arch: str, rank: int, size: int = 1024, **options: Any):
         self.name, self.times, self.losses, self.peak = name, [], [], 0
         others = torch.cuda.memory_allocated()
         torch.manual_seed(0)
-        self.cfg, self.model, self.optimizer = build(name, arch, rank, **options)
+        self.cfg, self.model, self.optimizer = build(name, arch, rank, size, **options)
         if 'watched' in ALL[name]:
             LossWatch(self.model, self.optimizer)
         self.model.backbone.register_forward_hook(lambda *_: self._mark('backbone'))
@@ -235,14 +235,16 @@ class Variant:
             checkpoint_mib=sum(t.numel() * t.element_size() for t in saved) / 2**20)
 
 
-def build(name: str, arch: str, rank: int, **options: Any) -> Tuple[Config, nn.Module, OptimWrapper]:
-    """Our config for COCO as a variant has it, with other options, and its detector on the card, with an optimizer."""
+def build(name: str, arch: str, rank: int, size: int = 1024, **options: Any) -> Tuple[Config, nn.Module, OptimWrapper]:
+    """Our config for COCO as a variant has it, for one size of images, and its detector on the card, with an optimizer."""
     setting = ALL[name]
     cfg = load_config(str(CONFIG), {**setting.get('options', {}), **options})
     liera = {key: setting[key] for key in ('update', 'scale', 'method') if key in setting}
     liera = dict(liera, rank=rank, alpha=2 * rank) if liera else None
     cfg.model.backbone.update(
         arch=arch, init_cfg=None, liera=liera, **{key: setting[key] for key in ('fast', 'with_cp') if key in setting})
+    for augment in cfg.model.data_preprocessor.batch_augments or ():
+        augment.size = size, size
     cfg.model.neck.in_channels = LieRAConvNeXt.arch_settings[arch]['channels']
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         model = MODELS.build(cfg.model)

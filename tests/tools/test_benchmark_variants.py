@@ -21,7 +21,7 @@ TRAINABLE = dict.fromkeys(benchmark.VARIANTS, FACTORS) | {
 def build(monkeypatch):
     monkeypatch.setattr(BaseModel, 'cuda', lambda self: self)
     monkeypatch.setattr(benchmark, 'build_optim_wrapper', lambda model, cfg: cfg)
-    return lambda name, **options: benchmark.build(name, 'atto', 2, **options)
+    return lambda name: benchmark.build(name, 'atto', 2, 128)
 
 
 @pytest.mark.parametrize('name', benchmark.VARIANTS)
@@ -41,7 +41,7 @@ def test_variants_differ_in_what_their_names_say(build, name):
 
 @pytest.mark.parametrize('name', ['full', 'lora loralib', 'liera fast'])
 def test_a_variant_has_a_loss(build, name):
-    _, model, _ = build(name, **{'model.data_preprocessor.batch_augments': None})
+    _, model, _ = build(name)
     with DefaultScope.overwrite_default_scope('mmdet'):
         loss, _ = model.parse_losses(model(**model.data_preprocessor(benchmark.batch(1, 128), training=True), mode='loss'))
     loss.backward()
