@@ -224,7 +224,7 @@ def test_digits_schedule(name):
 
 @pytest.mark.parametrize('world', ['cells', 'trees'])
 def test_transfer(build, world):
-    """Full fine-tuning and LieRA differ in the backbone alone, which has all its pretrained layers in use."""
+    """Full fine-tuning and LieRA differ in the backbone, whose pretrained layers are all in use, and in its rate alone."""
     full, liera = (read(f'faster-rcnn_mobilenetv2_{kind}_{world}') for kind in ('full', 'liera'))
     backbone = build(full).backbone
     assert trainable(backbone) == MOBILENET and type(backbone).__name__ == 'MobileNetV2'
@@ -236,9 +236,10 @@ def test_transfer(build, world):
     assert backbone.norm_eval and adapted.norm_eval and adapted.out_indices == backbone.out_indices == (1, 2, 4, 7)
     assert liera.custom_hooks == [dict(type='LieRAHook')] and full.custom_hooks == []
     ours, reference = liera.to_dict(), full.to_dict()
-    for cfg in (ours, reference):
+    for cfg, rates in ((ours, {'adapter': {'lr_mult': .5}}), (reference, {'backbone': {'lr_mult': .1}})):
         cfg.pop('custom_hooks')
         cfg['model'].pop('backbone')
+        assert cfg['optim_wrapper']['paramwise_cfg'].pop('custom_keys') == rates
     assert ours == reference
 
 

@@ -48,5 +48,5 @@ val_evaluator = dict(type='CocoMetric', metric='bbox')
 test_evaluator = val_evaluator
 
 train_cfg = dict(val_interval=1)
-optim_wrapper = dict(optimizer=dict(lr=1e-3))
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys=dict(adapter=dict(lr_mult=0.5))))
 default_hooks = dict(checkpoint=dict(interval=1))

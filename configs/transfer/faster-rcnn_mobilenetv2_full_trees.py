@@ -9,3 +9,6 @@ model = dict(
         norm_eval=True,
         init_cfg=dict(type='Pretrained', checkpoint={{_base_.pretrained}})))
 custom_hooks = []
+
+# The best of the rates that were tried (docs/transfer.md)
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=0.1))))

@@ -153,7 +153,7 @@ def settings_table(cells: Sequence[Cell]) -> str:
 def style(method: str) -> Dict[str, Any]:
     """Colour and marker of a method, the same in all pictures."""
     index = list(METHODS).index(method)
-    return dict(color=plt.get_cmap('tab20')(index % 20), marker='osD^v<>PX*h'[index % 11], label=method)
+    return dict(color=plt.get_cmap('turbo')(index / len(METHODS)), marker='osD^v<>PX*h'[index % 11], label=method)
 
 
 def panels(worlds: Dict[str, List[Cell]], draw, xlabel: str, file: Path) -> None:
