@@ -182,9 +182,9 @@ def _check_settings(settings: Dict[str, Any]) -> None:
     for name in ('rank', 'kernel_rank'):
         if isinstance(rank := settings[name], bool) or not isinstance(rank, int) or rank < 1:
             raise ValueError(f'{name} must be a whole number of at least 1, not {rank!r}')
-    alpha = settings['alpha']
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < float('inf'):
-        raise ValueError(f'alpha must be a positive number, not {alpha!r}')
+    alpha, single = settings['alpha'], torch.finfo(torch.float32)
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not single.tiny <= alpha <= single.max:
+        raise ValueError(f'alpha must be a positive number, not {alpha!r:.40}')
 
 
 def _check_weights(model: nn.Module) -> None:

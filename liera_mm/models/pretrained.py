@@ -133,7 +133,8 @@ class PretrainedBackbone:
         different = differences(theirs or {}, self._settings() or {})
         if different:
             raise SetupError(f'the checkpoint was trained with other liera settings: {different}',
-                             'Use the config in the work dir of that checkpoint')
+                             'Use the config in the work dir of that checkpoint. If it is this one, defaults have changed '
+                             'since: set what differs in its liera=dict(...)')
 
     def check_base(self, what: str) -> None:
         """Raise a SetupError that begins with ``what`` if a frozen weight or a norm's statistics were never loaded."""

@@ -147,6 +147,8 @@ def test_alpha_goes_with_the_rank(net, override, alpha):
     ({'alpha': math.nan}, 'alpha .* nan'),
     ({'alpha': math.inf}, 'alpha .* inf'),
     ({'alpha': '32'}, "alpha .* '32'"),
+    ({'alpha': 10**400}, 'alpha .* 1000'),
+    ({'alpha': 1e-320}, 'alpha .* 1e-320'),
     ({'method': 'lara'}, "method 'lara'.*did you mean 'lora'"),
     ({'method': None}, 'method None'),
     ({'method': 'DoRA'}, "'DoRA'.*did you mean 'dora'"),
