@@ -254,6 +254,8 @@ def test_best(run, tmp_path):
     with pytest.raises(SetupError, match='no finished run of lora in the world digits'):
         run('--methods', 'lora', '--best')
     run('--methods', 'lora', 'frozen', '--alphas', '8', '32', '128')
+    with pytest.raises(SetupError, match='no finished run of lora in the world digits with seed 1'):
+        run('--methods', 'lora', '--best', '--seeds', '1')
     run('--methods', 'lora', 'frozen', '--best', '--seeds', '0', '1')
     run('--methods', 'lora', '--best', '--alphas', '8', '128', '--seeds', '0', '2')
     assert results(tmp_path) == {*(f'lora_lr0.002_r4_a{alpha}_s0' for alpha in (8, 32, 128)), 'lora_lr0.002_r4_a32_s1',
@@ -396,8 +398,10 @@ def test_real_runs(call, tmp_path):
     assert '.jpg' in call('sheet', '--methods', 'liera', '--images', '2', *OPTIONS)
     sheet, = tmp_path.glob('sheet_digits_liera_*.jpg')
     assert sheet.stat().st_size > 10_000
+    for checkpoint in tmp_path.glob('runs/digits/liera_*/*.pth'):
+        checkpoint.unlink()
     with pytest.raises(SetupError, match='no checkpoint of these runs'):
-        call('sheet', '--methods', 'frozen', *OPTIONS)
+        call('sheet', '--methods', 'liera', 'frozen', *OPTIONS)
 
 
 def test_an_interrupted_training_goes_on_as_it_would_have(monkeypatch, tmp_path, data):

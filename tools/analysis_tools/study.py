@@ -47,6 +47,7 @@ from study_run import (
     Run,
     config_of,
     differences,
+    kept_checkpoint,
     options_of,
     read_config,
     result_file,
@@ -108,7 +109,8 @@ def best(args: argparse.Namespace, world: str, method: str) -> Run:
                   if (result['world'], result['method'], result['seed']) == (world, method, args.seeds[0])
                   and to_run(result).options == options and was_wanted(args, result)]
     if not candidates:
-        raise SetupError(f'{args.out} has no finished run of {method} in the world {world} to take the best setting of',
+        raise SetupError(f'{args.out} has no finished run of {method} in the world {world} with seed {args.seeds[0]}, the '
+                         'first, to take the best setting of',
                          'Try some settings first: the same without --best, with --lrs and --alphas')
     return to_run(max(candidates, key=lambda result: result['metrics'][METRIC]))
 
@@ -318,7 +320,7 @@ def report_command(args: argparse.Namespace) -> None:
 
 def sheet_command(args: argparse.Namespace) -> None:
     from study_report import write_sheet
-    kept = [run for run in finished(args.out, plan(args)) if work_dir(args.out, run).is_dir()]
+    kept = [run for run in finished(args.out, plan(args)) if kept_checkpoint(args.out, run)]
     if not kept:
         raise SetupError(f'{args.out / "runs"} has no checkpoint of these runs',
                          'Train them with --keep; of runs that are finished, delete the results first')

@@ -4,9 +4,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-from study_run import METHODS, Run, config_of, work_dir
-
-from liera_mm.engine.checkpoint import latest_checkpoint
+from study_run import METHODS, Run, config_of, kept_checkpoint, work_dir
 
 # isort: split
 import matplotlib
@@ -238,7 +236,7 @@ def write_sheet(run: Run, out: Path, data: str, images: int) -> Path:
     cfg = config_of(run, data)
     cfg.test_dataloader, cfg.test_evaluator = cfg.val_dataloader, cfg.val_evaluator
     folder = work_dir(out, run)
-    cfg.work_dir, cfg.load_from = str(folder / 'test'), latest_checkpoint(str(folder))
+    cfg.work_dir, cfg.load_from = str(folder / 'test'), kept_checkpoint(out, run)
     cfg.experiment_name = cfg.visualizer.name = f'sheet_{run.world}_{run.name}'
     runner = Runner.from_cfg(cfg)
     predictions = folder / 'predictions.pkl'

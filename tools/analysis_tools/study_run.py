@@ -146,6 +146,12 @@ def work_dir(out: Path, run: Run) -> Path:
     return out / 'runs' / run.world / run.name
 
 
+def kept_checkpoint(out: Path, run: Run) -> Optional[str]:
+    """The last intact checkpoint of a run, None if there is none."""
+    folder = work_dir(out, run)
+    return latest_checkpoint(str(folder)) if folder.is_dir() else None
+
+
 class Recorder(Hook):
     """Notes the mean loss of every ten steps and the time of each; in checkpoints too, for trainings that are resumed.
 
@@ -197,7 +203,7 @@ def train(run: Run, out: Path, data: str, keep: bool, jobs: int) -> None:
     cfg = config_of(run, data)
     cfg.work_dir, cfg.experiment_name = str(folder), f'{run.world}_{run.name}'
     cfg.visualizer.name = cfg.experiment_name  # MMEngine would share what goes by one name
-    checkpoint = latest_checkpoint(str(folder)) if folder.is_dir() else None
+    checkpoint = kept_checkpoint(out, run)
     cfg.resume, cfg.load_from = checkpoint is not None, checkpoint
     check_data(cfg, ['train', 'val'])
     check_weights(cfg)
