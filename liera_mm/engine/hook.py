@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 from mmengine.dist import all_gather_object, broadcast, get_rank, get_world_size
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
-from mmengine.optim import OptimWrapperDict
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, FlexibleRunner, Runner
 from mmengine.runner.base_loop import BaseLoop
@@ -192,6 +192,8 @@ class LieRAHook(Hook):
                 raise SetupError(
                     f'the shape of {name} is {tuple(theirs[name].shape)} in the checkpoint, {tuple(value.shape)} in this '
                     'model.', remedy)
+        if runner._resume and isinstance(runner.optim_wrapper, OptimWrapper):
+            invariants.check_groups(runner.optim_wrapper, checkpoint)
 
     def before_val_iter(self, runner: Runner, batch_idx: int, data_batch: Optional[Sequence] = None) -> None:
         model = _unwrap(runner.model)

@@ -61,6 +61,18 @@ def check_optimizer(model: nn.Module, optim_wrapper: Union[OptimWrapper, OptimWr
                          'It must be built after the model is adapted: adapt through the config, not from a hook')
 
 
+def check_groups(optim_wrapper: OptimWrapper, checkpoint: Dict[str, Any]) -> None:
+    """Raise a SetupError if a training is to resume whose optimizer has other groups of parameters."""
+    theirs, ours = ([len(group['params']) for group in groups] for groups in (
+        checkpoint.get('optimizer', {}).get('param_groups', ()), optim_wrapper.optimizer.param_groups))
+    if theirs and theirs != ours:
+        raise SetupError(
+            f"the checkpoint's optimizer has {sum(theirs)} tensors in {len(theirs)} groups, this one {sum(ours)} in "
+            f'{len(ours)}.',
+            'Resume with the optim_wrapper and the MMEngine of the checkpoint (before 0.10.4, frozen tensors are in the '
+            'optimizer too), or start from it with load_from')
+
+
 def check_finite(model: nn.Module) -> None:
     """Raise a SetupError if a weight is NaN or infinite."""
     broken = not_finite(model)
