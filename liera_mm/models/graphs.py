@@ -72,8 +72,10 @@ class Graphs:
         return tree_unflatten(outputs, form.outputs)
 
     def _in_pool(self, *args: Any) -> 'CUDAGraphPair':
-        if self.pool is None:  # one of earlier graphs may not be used again once they are gone
-            self.pool, self.stream = torch.cuda.graph_pool_handle(), self.stream or torch.cuda.Stream()
+        if self.stream is None:
+            self.stream = torch.cuda.Stream()
+        if self.pool is None:  # that of graphs that are gone may not be used again
+            self.pool = torch.cuda.graph_pool_handle()
         return CUDAGraphPair(self.pool, self.stream, *args)
 
     def _capture(self, form: 'Form', inputs: Sequence[Tensor]) -> None:

@@ -1,6 +1,6 @@
 """The 7x7 depthwise convolution of tensors with the channels last, and the gradient by its weight.
 
-A program takes strips of four columns and goes down their rows. Each row of pixels is read once; the sums of the seven rows
+A program takes strips of a few columns and goes down their rows. Each row of pixels is read once; the sums of the seven rows
 of the output that it belongs to, or of the 49 taps, stay in registers, as tuples of tensors (BT strips, BC channels).
 """
 import torch
@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import cdiv, power_of_2, processors
+from .common import cdiv, power_of_2
 
-COLUMNS = 4
+ROWS, COLUMNS, STRIPS = 32, 4, 4
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def _strips(W, ROWS, COLS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
     return tl.program_id(1) // blocks * ROWS, col, tl.program_id(0) * BC + tl.arange(0, BC)
 
 
-@triton.jit(do_not_specialize=['H', 'W', 'ROWS'])  # or every few sizes of images would have a compilation of their own
+@triton.jit
 def _depthwise(x, w, b, add, out, H, W, C, ROWS, K: tl.constexpr, FLIP: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
                COLS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
     top, col, ch = _strips(W, ROWS, COLS, BT, BC)
@@ -81,7 +81,7 @@ def _depthwise(x, w, b, add, out, H, W, C, ROWS, K: tl.constexpr, FLIP: tl.const
             acc = acc + (sums[j], )
 
 
-@triton.jit(do_not_specialize=['H', 'W', 'ROWS'])
+@triton.jit
 def _depthwise_weight_grad(x, dy, dw, H, W, C, ROWS, K: tl.constexpr, COLS: tl.constexpr, BT: tl.constexpr,
                            BC: tl.constexpr):
     top, col, ch = _strips(W, ROWS, COLS, BT, BC)
@@ -123,19 +123,16 @@ def _sum_taps(sums, grad, parts, C, TAPS: tl.constexpr, BP: tl.constexpr, BC: tl
     tl.store(grad + ch * TAPS + tap, tl.sum(total, 0).to(grad.dtype.element_ty), ch < C)
 
 
-def _tiles(x: Tensor):
-    """Programs of one warp: for 64 rows, as long as there are enough for all processors, or for 32."""
-    images, height, width, channels = x.shape
-    bc = min(power_of_2(channels), 64)
-    strips = cdiv(channels, bc) * cdiv(width, COLUMNS) * images
-    rows = min(height, 64 if strips * cdiv(height, 64) >= 7 * processors(x.device) else 32)
-    grid = cdiv(channels, bc), cdiv(height, rows) * cdiv(width, COLUMNS), images
-    return grid, dict(ROWS=rows, K=7, COLS=COLUMNS, BT=1, BC=bc, num_warps=1)
+def _tiles(shape: torch.Size):
+    images, height, width, channels = shape
+    bc, rows = min(power_of_2(channels), 64), min(height, ROWS)
+    grid = cdiv(channels, bc), cdiv(height, rows) * cdiv(width, COLUMNS * STRIPS), images
+    return grid, dict(ROWS=rows, K=7, COLS=COLUMNS, BT=STRIPS, BC=bc, num_warps=STRIPS)
 
 
 def depthwise(x: Tensor, taps: Tensor, bias, add, flip: bool) -> Tensor:
     out = torch.empty_like(x)
-    grid, meta = _tiles(x)
+    grid, meta = _tiles(x.shape)
     _depthwise[grid](x, taps, taps if bias is None else bias, x if add is None else add, out, *x.shape[1:],
                      FLIP=flip, BIAS=bias is not None, ADD=add is not None, **meta)
     return out
@@ -143,7 +140,7 @@ def depthwise(x: Tensor, taps: Tensor, bias, add, flip: bool) -> Tensor:
 
 def depthwise_weight_grad(x: Tensor, dy: Tensor) -> Tensor:
     channels = x.shape[3]
-    grid, meta = _tiles(x)
+    grid, meta = _tiles(x.shape)
     parts = grid[1] * grid[2]
     sums = torch.empty(parts, 49, channels, dtype=torch.float32, device=x.device)
     _depthwise_weight_grad[grid](x, dy, sums, *x.shape[1:], **meta)
