@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from mmcv.ops import PSAMask
+from mmcv.ops import knn
 from operators import fallback_only
 from processes import check_python, fake_transformers, run_python
 
@@ -26,15 +26,15 @@ def test_environment_report():
 
 @fallback_only
 def test_unsupported_operators_fail_when_called_not_on_import():
-    layer = PSAMask('collect', (3, 3))
-    with pytest.raises(RuntimeError, match='psamask_forward.*not available(.|\n)*roi_align_forward.*nstall mmcv'):
-        layer(torch.ones(1, 9, 4, 4))
+    points = torch.ones(1, 2, 3)
+    with pytest.raises(RuntimeError, match='knn_forward.*not available(.|\n)*roi_align_forward.*nstall mmcv'):
+        knn(1, points, points)
 
 
 @fallback_only
 def test_dunder_attributes_of_the_stand_in_are_missing_as_usual():
     ext = importlib.import_module('mmcv._ext')
-    assert hasattr(ext, 'psamask_forward') and not hasattr(ext, '__path__')
+    assert hasattr(ext, 'knn_forward') and not hasattr(ext, '__path__')
     with pytest.raises(AttributeError, match='__wrapped__'):
         getattr(ext, '__wrapped__')  # noqa: B009
 
@@ -59,11 +59,11 @@ assert _ext.nms == 'compiled' and _ext.get_compiler_version() == 'GCC'
 import torch
 boxes = torch.tensor([[0., 0, 2, 2, .5], [0, 0, 2, 2, .9], [5, 5, 6, 6, .7]])
 assert _ext.nms_match(boxes, .5) == [[1, 0], [2]]
-assert hasattr(_ext, 'psamask_forward') and not hasattr(_ext, '__path__')
+assert hasattr(_ext, 'knn_forward') and not hasattr(_ext, '__path__')
 try:
-    _ext.psamask_forward()
+    _ext.knn_forward()
 except RuntimeError as error:
-    assert "'psamask_forward'" in str(error)
+    assert "'knn_forward'" in str(error)
 else:
     raise AssertionError
 ''', tmp_path)

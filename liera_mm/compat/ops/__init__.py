@@ -3,12 +3,12 @@ import inspect
 
 import torchvision  # noqa: F401  (registers torch.ops.torchvision)
 
-from . import attention, carafe, deform_conv, focal_loss, masked_conv, nms, roi, rotated
+from . import attention, carafe, deform_conv, focal_loss, masked_conv, nms, psa_mask, roi, rotated
 from .precision import without_autocast
 
 OPERATORS = {
     name: without_autocast(member)
-    for module in (attention, carafe, deform_conv, focal_loss, masked_conv, nms, roi, rotated)
+    for module in (attention, carafe, deform_conv, focal_loss, masked_conv, nms, psa_mask, roi, rotated)
     for name, member in vars(module).items()
     if inspect.isfunction(member) and member.__module__ == module.__name__ and not name.startswith('_')
 }
