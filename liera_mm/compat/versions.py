@@ -1,5 +1,6 @@
 """Versions of other packages: too old ones are refused, and those that do not fit each other are made to."""
 import functools
+import platform
 import re
 import runpy
 import sys
@@ -9,7 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Callable, Optional, Tuple
 
-OLDEST = dict(torch='2.4.0', mmengine='0.10.0', mmcv='2.1.0', mmdet='3.3.0', mmpretrain='1.2.0')
+OLDEST = dict(Python='3.9', torch='2.4.0', torchvision='0.19.0', safetensors='0.4.3',
+              mmengine='0.10.0', mmcv='2.1.0', mmdet='3.3.0', mmpretrain='1.2.0')
 
 
 def check() -> None:
@@ -29,8 +31,11 @@ def check() -> None:
 
 def version_of(package: str) -> Optional[str]:
     """Version of the package that an import would find, whatever the name under which it was installed; None without it."""
+    if package == 'Python':
+        return platform.python_version()
     spec = find_spec(package)
-    return spec and runpy.run_path(str(Path(spec.origin).with_name('version.py')))['__version__']
+    file = spec and Path(spec.origin).with_name('version.py')
+    return file and (runpy.run_path(str(file))['__version__'] if file.exists() else metadata.version(package))
 
 
 def _numbers(version: str) -> Tuple[int, ...]:
@@ -42,6 +47,7 @@ def install() -> None:
 
     - mmpretrain's optional multimodal part is kept off with transformers 5 or later.
     - mmdet's optional text encoders are left out where transformers cannot be imported for torch is too old for it.
+    - A torchvision that was built for another torch is refused.
     - mmdet 3.3 and mmsegmentation 1.2 take any mmcv 2, not only those below 2.2.
     - mmdet's PointAssigner, that of RepPoints, works on a GPU, where it indexes a tensor on the host.
     - Configs of mmsegmentation are found under ``mmseg::`` where it is installed as onedl-mmsegmentation.
@@ -74,6 +80,17 @@ def _or_import_error(module, run: Callable) -> None:
         run(module)
     except Exception as error:
         raise ImportError(f'{module.__name__} cannot be imported: {error}') from error
+
+
+def _refused_beside_another_torch(module, run: Callable) -> None:
+    try:
+        run(module)
+    except RuntimeError as error:
+        if 'torchvision::' not in str(error):
+            raise
+        from ..core.errors import SetupError
+        raise SetupError(f'torchvision {version_of("torchvision")} does not fit torch {version_of("torch")}: {error}',
+                         'Install both anew: pip install --upgrade torch torchvision') from None
 
 
 def _with_any_mmcv(module, run: Callable) -> None:
@@ -118,6 +135,7 @@ class _Finder(MetaPathFinder):
         'mmengine.config.utils': _with_renamed_mmsegmentation,
         'mmpretrain.utils.dependency': _without_multimodal,
         'transformers.modeling_utils': _or_import_error,
+        'torchvision': _refused_beside_another_torch,
         'mmdet': _with_any_mmcv,
         'mmdet.models.task_modules.assigners.point_assigner': _with_points_on_their_device,
         'mmseg': _with_any_mmcv,

@@ -26,7 +26,7 @@ def write_package(folder, name, version, init=''):
 
 @pytest.mark.parametrize('package', versions.OLDEST)
 @pytest.mark.parametrize('version, found', [
-    (None, 'it is not installed'), ('0.9.7', 'this is 0.9.7'), ('0.9.7rc2+cpu', 'this is 0.9.7rc2+cpu')])
+    (None, 'it is not installed'), ('0.1.9', 'this is 0.1.9'), ('0.1.9rc2+cpu', 'this is 0.1.9rc2+cpu')])
 def test_too_old_or_missing(package, version, found, monkeypatch):
     monkeypatch.setattr(versions, 'version_of', lambda name: version if name == package else '99.0')
     with pytest.raises(SetupError) as caught:
@@ -60,6 +60,14 @@ def test_an_import_beside_an_old_mmdet(tmp_path):
     assert error[-2] == ('liera_mm.core.errors.SetupError: liera_mm needs mmdet '
                          f'{versions.OLDEST["mmdet"]} or later; this is 2.28.2')
     assert error[-1].startswith('Install what requirements.txt lists')
+
+
+def test_an_import_beside_a_torchvision_for_another_torch(tmp_path):
+    write_package(tmp_path, 'torchvision', '0.20.1', 'raise RuntimeError("operator torchvision::nms does not exist")')
+    error = run_python('import liera_mm', tmp_path).stderr.splitlines()
+    assert error[-2] == (f'liera_mm.core.errors.SetupError: torchvision 0.20.1 does not fit torch {torch.__version__}: '
+                         'operator torchvision::nms does not exist')
+    assert error[-1].startswith('Install both')
 
 
 def test_readme_names_the_oldest():
