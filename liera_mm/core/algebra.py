@@ -51,7 +51,7 @@ class Dense(Perturbation):
         self.delta.copy_(delta / self.factor)
 
     def combine(self, terms: Sequence[Tuple[float, Perturbation]], move: Callable[[Tensor], Tensor]) -> None:
-        delta = sum(w * other.delta.double() for w, other in terms)
+        delta = sum(w * self.ratio(other) * other.delta.double() for w, other in terms)
         self.delta = nn.Parameter(delta.to(self.delta.dtype))
 
 

@@ -140,4 +140,12 @@ class Perturbation(nn.Module):
         """
         self.rank = sum(other.rank for _, other in terms)
         self.scale = sum(other.scale * other.rank for _, other in terms) / self.rank
-        return [(w * other.scale / self.scale, other) for w, other in terms]
+        return [(w * self.ratio(other), other) for w, other in terms]
+
+    def ratio(self, other: 'Perturbation') -> float:
+        """The factor of another's Δ as a multiple of that of its own; both are relative, or neither.
+
+        Units differ where a weight was in another precision when an adapter started.
+        """
+        units = 1. if self.rms is None else (self.rms.double() / other.rms.double()).item()
+        return other.scale / self.scale * units

@@ -41,6 +41,9 @@ def deltas(model, name):
 @pytest.mark.parametrize(('method', 'update'), [(m, u) for m in METHODS for u in UPDATES])
 def test_the_sum_is_exact(make, method, update):
     model = make(rank=2, method=method, update=update)
+    for _, layer in adapted_layers(set_adapter(model, 'dogs')):
+        if layer.adapter.rms is not None:
+            layer.adapter.rms *= 1.01  # as of a base in another precision
     each = {name: deltas(model, name) for name in WEIGHTS}
     assert combine(model, WEIGHTS, 'all') is model and active_adapter(model) == 'all'
     for key, delta in deltas(model, 'all').items():
