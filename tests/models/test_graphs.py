@@ -275,6 +275,23 @@ def done(tensor):
     return future
 
 
+def test_no_graph_goes_to_the_memory_of_those_that_are_gone(monkeypatch):
+    pools, numbers = [], iter(range(9))
+    monkeypatch.setattr('torch.cuda.graph_pool_handle', lambda: next(numbers))
+    monkeypatch.setattr('torch.cuda.Stream', object)
+    monkeypatch.setattr('liera_mm.models.graphs.CUDAGraphPair',
+                        lambda pool, stream, *args: pools.append((pool, stream)) or Recorded(*args))
+    model = backbone()
+    model.forward = Graphs(model, 'backbone', 9)
+    for height in (32, 32, 64, 64):
+        step(model, images(height=height))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    for _ in range(2):
+        step(model, images())
+    assert [pool for pool, _ in pools] == [0, 0, 1] and len({stream for _, stream in pools}) == 1
+
+
 def test_what_cannot_be_captured(monkeypatch):
     attempts, said = [], []
     monkeypatch.setattr('liera_mm.models.graphs.print_log', lambda message, *_: said.append(message))
