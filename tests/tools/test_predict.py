@@ -108,7 +108,7 @@ def test_checkpoint_of_a_training(call, files, expected, tiny_digits, tmp_path, 
     drawn, plain = ({path.name: mmcv.imread(path) for path in (out / 'vis').iterdir()}
                     for out in (tmp_path / 'some', tmp_path / 'none'))
     name = next(iter(expected['cats']))
-    assert np.abs(plain[name].astype(int) - mmcv.imread(tiny_digits / 'val2017' / name)).mean() < 5
+    assert np.abs(plain[name].astype(int) - mmcv.imread(tiny_digits / 'val2017' / name)).mean() < 6
     assert (np.abs(drawn[name].astype(int) - plain[name]) > 60).any()
     above = sum(int((known['scores'] > score).sum()) for known in expected['cats'].values())
     total = sum(len(known['scores']) for known in expected['cats'].values())

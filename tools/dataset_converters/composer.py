@@ -88,7 +88,10 @@ def glyph_sprite(rng, category, split):
     image = Image.new('L', (200, 200))
     draw = ImageDraw.Draw(image)
     if name in LETTERS:
-        font = ImageFont.truetype(Path(get_data_path(), 'fonts', 'ttf', f'{rng.choice(FONTS)}.ttf'), 110)
+        file = Path(get_data_path(), 'fonts', 'ttf', f'{rng.choice(FONTS)}.ttf')
+        if not file.exists():  # cmti10, before Matplotlib 3.11
+            file = file.with_name('cmmi10.ttf')
+        font = ImageFont.truetype(file, 110)
         draw.text((100, 100), name, fill=255, font=font, anchor='mm')
     elif name in ('circle', 'ring'):
         draw.ellipse((50, 50, 150, 150), fill=255)
