@@ -383,8 +383,8 @@ def try_zoo(args: argparse.Namespace, results: Dict[str, Dict[str, Any]]) -> Non
         for trial in as_completed(of):
             key, name = of[trial]
             rows[key] = trial.result()
-            print(name, *list(rows[key].items())[-1], flush=True)
             write(args.out, results)
+            print(name, *list(rows[key].items())[-1], flush=True)
     write(args.out, results)
 
 
