@@ -164,7 +164,7 @@ class Variant:
         data = copy.deepcopy(data)
         if self.cfg.train_dataloader.dataset.pipeline[-1].type == 'PackDeviceInputs':
             data['data_samples'] = [pinnable(sample) for sample in data['data_samples']]
-        return pin_memory(data) if self.cfg.train_dataloader.pin_memory else data
+        return pin_memory(data) if self.cfg.train_dataloader.pin_memory and torch.cuda.is_available() else data
 
     def repeat(self, data: Dict[str, Any]) -> None:
         """A step on a copy of a batch."""

@@ -135,7 +135,7 @@ def test_preprocessor(augments):
         assert np.array_equal(ours.gt_instances.masks.to_ndarray(), theirs.gt_instances.masks.masks)
         assert ours.metainfo == theirs.metainfo
     images = torch.stack([image[:, :40, :33] for image in data['inputs']])
-    stacked = [preprocessor(**settings)(dict(inputs=images, data_samples=None))['inputs']
+    stacked = [preprocessor(**dict(settings, batch_augments=None))(dict(inputs=images, data_samples=None))['inputs']
                for preprocessor in (DetDataPreprocessor, DeviceMaskPreprocessor)]
     assert torch.equal(*stacked)
 
