@@ -37,6 +37,7 @@ def test_settings_are_measured_on_what_their_dataloaders_give(monkeypatch, tiny_
     assert steps == [(name, 2) for _ in range(3) for name in names for _ in range(2)]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='measures memory, which needs a GPU')
 def test_rows_of_the_variants(monkeypatch):
     """Turns of three steps, after three that do not count."""
     steps = []
