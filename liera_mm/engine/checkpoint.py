@@ -75,8 +75,9 @@ def read_checkpoint(file: Union[str, os.PathLike, IO[bytes]], map_location=None)
     except FileNotFoundError:
         raise
     except Exception as error:  # damaged pickles fail in every way there is
-        # Without torch's advice, which comes before and after it
-        reason = ' '.join(str(error).split()).rpartition('WeightsUnpickler error: ')[2].split('. ')[0]
+        # Without torch's advice: torch wraps the reason in it, and some versions put more before and after
+        inner = error.__context__ if isinstance(error.__context__, UnpicklingError) else error
+        reason = ' '.join(str(inner).split()).rpartition('WeightsUnpickler error: ')[2].split('. ')[0]
         asked = re.search(r"(?:GLOBAL|function) (\S+)|<class '(\S+)'>", reason)
         unknown = asked or intact and 'PytorchStreamReader' not in reason  # the latter of another kind of archive
         if isinstance(error, UnpicklingError) and not trusted and unknown:

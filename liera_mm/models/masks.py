@@ -149,15 +149,15 @@ class DeviceMaskPreprocessor(DetDataPreprocessor):
     Nothing in it has the host wait, if the dataloader has pinned what :class:`PackDeviceInputs` packed.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.reverse_channels, self._channel_conversion = self._channel_conversion, False
-
     def forward(self, data: dict, training: bool = False) -> Union[dict, list]:
-        images = self.cast_data(data['inputs'])
-        if self.reverse_channels:  # [[2, 1, 0]], as MMEngine does it, copies an index to the device and waits for it
+        images, reverse = self.cast_data(data['inputs']), self._channel_conversion
+        if reverse:  # [[2, 1, 0]], as MMEngine does it, copies an index to the device and waits for it
             images = images.flip(1) if isinstance(images, Tensor) else [image.flip(0) for image in images]
-        return super().forward(dict(data, inputs=images), training)
+        self._channel_conversion = False
+        try:
+            return super().forward(dict(data, inputs=images), training)
+        finally:
+            self._channel_conversion = reverse
 
     def pad_gt_masks(self, batch_data_samples: Sequence[DetDataSample]) -> None:
         for sample in batch_data_samples:

@@ -116,7 +116,7 @@ def test_targets_without_masks():
     assert len(none.crop_and_resize(np.empty((0, 4)), (14, 14), np.empty(0, dtype=int))) == 0
 
 
-@pytest.mark.parametrize('augments', [None, [dict(type='BatchFixedSizePad', size=(96, 128), pad_mask=True)]], ids=str)
+@pytest.mark.parametrize('augments', [None, [dict(type='mmdet.BatchFixedSizePad', size=(96, 128), pad_mask=True)]], ids=str)
 def test_preprocessor(augments):
     settings = dict(mean=[1., 2., 3.], std=[2.] * 3, bgr_to_rgb=True, pad_size_divisor=32, pad_mask=True,
                     batch_augments=augments)
@@ -135,7 +135,7 @@ def test_preprocessor(augments):
         assert np.array_equal(ours.gt_instances.masks.to_ndarray(), theirs.gt_instances.masks.masks)
         assert ours.metainfo == theirs.metainfo
     images = torch.stack([image[:, :40, :33] for image in data['inputs']])
-    stacked = [preprocessor(**dict(settings, batch_augments=None))(dict(inputs=images, data_samples=None))['inputs']
+    stacked = [preprocessor(**settings)(dict(inputs=images, data_samples=None))['inputs']
                for preprocessor in (DetDataPreprocessor, DeviceMaskPreprocessor)]
     assert torch.equal(*stacked)
 
