@@ -24,7 +24,6 @@ def test_settings_are_measured_on_what_their_dataloaders_give(monkeypatch, tiny_
         variant.times.append(dict.fromkeys(benchmark.PARTS, 2.))
 
     monkeypatch.setattr(BaseModel, 'cuda', lambda self: self)
-    monkeypatch.setattr('torch.cuda.reset_peak_memory_stats', lambda: None)
     monkeypatch.setattr('benchmark_variants.build_optim_wrapper', lambda model, cfg: None)
     monkeypatch.setattr(benchmark.Variant, 'step', step)
     monkeypatch.setitem(benchmark.SETTINGS['workers end']['options'], 'train_dataloader.num_workers', 2)
