@@ -306,3 +306,37 @@ def test_what_cannot_be_captured(monkeypatch):
         assert_same(step(model, images(), seed), step(twin, images(), seed))
     assert len(attempts) == len(said) == 1
     assert said[0] == 'LieRA  backbone stays without graphs: operation not permitted when stream is capturing'
+
+
+class Waits(nn.Module):
+    """Asks for a value while it computes, which no graph can."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        y = nn.functional.dropout(self.conv(x), .5)
+        return y * y.abs().max().item()
+
+
+@needs_cuda
+def test_after_a_capture_that_failed(monkeypatch):
+    """Random numbers, memory and other graphs are as without it."""
+    said = []
+    monkeypatch.setattr('liera_mm.models.graphs.print_log', lambda message, *_: said.append(message))
+    torch.manual_seed(0)
+    theirs = Waits().cuda()
+    ours = copy.deepcopy(theirs)
+    ours.forward = Graphs(ours, 'head', 4)
+    other, made = graphed(backbone('cuda'))
+    for seed in range(4):
+        results = []
+        for model in (ours, theirs):
+            model.zero_grad()
+            torch.manual_seed(seed)
+            model(images('cuda', seed=seed)).sum().backward()
+            results.append((gradients(model), torch.rand(3, device='cuda')))
+        assert_same(*results)
+        step(other, images('cuda', seed=seed))
+    assert len(made) == 1 and sum('head stays without graphs' in line for line in said) == 1
