@@ -33,7 +33,12 @@ class Graphs:
         name: What the log calls it.
         most: How many graphs may be captured.
         capture: Makes a graph of a function and its inputs; by default :class:`CUDAGraphPair`.
+
+    Attributes:
+        failures (int): How many captures have failed in this process. All graphs from before are dropped: they draw random
+            numbers from a generator that is not in use any more.
     """
+    failures = 0
 
     def __init__(self, module: nn.Module, name: str, most: int, capture: Optional[Callable[..., Any]] = None):
         self.module, self.name, self.most, self.given = module, name, most, capture
@@ -200,7 +205,7 @@ class CUDAGraphPair:
 
         self.constants: Dict[Any, Tensor] = {}
         self.graph, self.backward_graph, self.grads = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph(), []
-        with keep_constants(self.constants):
+        with _recovering(inputs[0].device), keep_constants(self.constants):
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # what is done once, is done here
                 outputs = forward()
@@ -234,7 +239,7 @@ class CUDAGraphPair:
 
 def _state(module: nn.Module) -> Optional[List[Any]]:
     """All that a graph relies on but its inputs; None where there are hooks in the module. It is asked for in every step."""
-    state, queue = [], [module]
+    state, queue = [Graphs.failures], [module]
     for each in queue:
         own = vars(each)  # a third of the time that nn.Module.modules() and attributes take
         queue += [child for child in own['_modules'].values() if child is not None]
@@ -248,6 +253,20 @@ def _state(module: nn.Module) -> Optional[List[Any]]:
                 if tensor is not None:
                     state += (tensor.data_ptr(), tensor.shape, tensor.requires_grad)
     return state
+
+
+@contextlib.contextmanager
+def _recovering(device: torch.device) -> Iterator[None]:
+    """A context in which a capture can fail: torch would stay on its stream, and draw no random number ever after."""
+    generator = torch.cuda.default_generators[device.index]
+    before = generator.clone_state()
+    with torch.cuda.stream(torch.cuda.current_stream(device)):
+        try:
+            yield
+        except BaseException:
+            generator.graphsafe_set_state(before)
+            Graphs.failures += 1
+            raise
 
 
 @contextlib.contextmanager

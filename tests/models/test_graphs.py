@@ -329,7 +329,7 @@ def test_after_a_capture_that_failed(monkeypatch):
     theirs = Waits().cuda()
     ours = copy.deepcopy(theirs)
     ours.forward = Graphs(ours, 'head', 4)
-    other, made = graphed(backbone('cuda'))
+    (other, made), twin = graphed(backbone('cuda')), backbone('cuda')
     for seed in range(4):
         results = []
         for model in (ours, theirs):
@@ -338,5 +338,17 @@ def test_after_a_capture_that_failed(monkeypatch):
             model(images('cuda', seed=seed)).sum().backward()
             results.append((gradients(model), torch.rand(3, device='cuda')))
         assert_same(*results)
-        step(other, images('cuda', seed=seed))
-    assert len(made) == 1 and sum('head stays without graphs' in line for line in said) == 1
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+        assert_same(step(other, images('cuda', seed=seed), seed), step(twin, images('cuda', seed=seed), seed))
+    assert len(made) == 2 and sum('head stays without graphs' in line for line in said) == 1
+    before = active_bytes()
+    used_elsewhere = torch.empty(2**20, device='cuda')
+    used_elsewhere.record_stream(torch.cuda.Stream())
+    del used_elsewhere
+    assert active_bytes() == before
+
+
+def active_bytes():
+    torch.cuda.synchronize()
+    torch.empty(1, device='cuda')  # the allocator looks for memory that other streams are done with
+    return torch.cuda.memory_stats()['active_bytes.all.current']
