@@ -17,10 +17,12 @@ from .factors import (
     is_intact,
     leading_factors,
     minor_factors,
+    rounded,
     side_by_side,
     tucker_factors,
     tucker_sum,
 )
+from .kernels.weight import rescaled, row_norms
 from .perturbation import Perturbation
 
 
@@ -155,13 +157,13 @@ class Dora(LowRank):
 
     def build(self, weight: Tensor) -> None:
         super().build(weight)
-        self.magnitude = nn.Parameter(torch.empty_like(self.norm(at_least_float32(weight))))
+        self.magnitude = nn.Parameter(self._channels(at_least_float32(weight.detach()))[:, 0].clone())
         self.register_buffer('norms', None if self.rms is None else torch.ones_like(self.magnitude))
 
     @torch.no_grad()
     def reset(self, weight: Tensor) -> None:
         super().reset(weight)
-        norm = self._rounded(self.norm(at_least_float32(weight)))
+        norm = rounded(self.norm(at_least_float32(weight)), self.magnitude.dtype)
         if self.norms is not None:
             self.norms.copy_(norm)
         self.magnitude.copy_(self._in_units(norm))
@@ -180,20 +182,14 @@ class Dora(LowRank):
 
     def norm(self, weight: Tensor) -> Tensor:
         """Euclidean norm of every output channel, of shape (out,); where it overflows, the largest number there is."""
-        norm, unit = _norm(self._channels(weight))
-        return (norm * unit).clamp(max=torch.finfo(norm.dtype).max)
+        norm = row_norms(self._channels(weight), self.magnitude.dtype)
+        return norm.clamp(max=torch.finfo(norm.dtype).max)
 
     def finish(self, moved: Tensor) -> Tensor:
-        channels = self._channels(moved)
-        norm, unit = _norm(channels.detach())
-        # A channel whose norm is zero or no ordinary number stays as it is
-        scaled = (norm * unit >= torch.finfo(self.magnitude.dtype).tiny) & (norm * unit).isfinite()
-        # The derivative of the branch that where() does not take must be finite too
-        norm, _ = _norm(torch.where(scaled[:, None], channels, 1))
-        if norm.dtype != self.magnitude.dtype:  # in its precision, or the ratio would not start at one
-            norm = norm + (self._rounded(norm * unit) / unit - norm).detach()
-        ratio = torch.where(scaled, self.learned_norm / norm, unit)
-        return moved / self._by_channel(unit) * self._by_channel(ratio)
+        rows = rescaled(self._channels(moved), self.learned_norm, self.magnitude.dtype)
+        if not self.transposed:
+            return rows.reshape(self.shape)
+        return rows.unflatten(0, (self.groups, -1)).unflatten(2, (-1, *self.shape[2:])).transpose(1, 2).flatten(0, 1)
 
     def starts(self, weight: Tensor, target: Tensor) -> List[Tensor]:
         norm = self.norm(target)
@@ -208,11 +204,6 @@ class Dora(LowRank):
         if self.norms is None:
             return norm
         return torch.where(self.norms > 0, norm / at_least_float32(self.norms), 1)
-
-    def _rounded(self, norm: Tensor) -> Tensor:
-        """A norm as the magnitude can hold it."""
-        dtype = self.magnitude.dtype
-        return norm.clamp(max=torch.finfo(dtype).max).to(dtype).to(norm.dtype)
 
     def _channels(self, weight: Tensor) -> Tensor:
         """The weight as (out, values of an output channel)."""
@@ -238,18 +229,6 @@ class Dora(LowRank):
             logarithm = logarithm + w * torch.where(norm > 0, other.learned_norm / norm, 1).log()
         norm = self.norm(move(self())) * logarithm.exp()
         self.magnitude = nn.Parameter(self._in_units(norm).to(self.magnitude.dtype))
-
-
-def _norm(rows: Tensor) -> Tuple[Tensor, Tensor]:
-    """Euclidean norms of rows and the units they are in, powers of two in which no square over- or underflows.
-
-    The unit is one for ordinary rows. Units have no derivative.
-    """
-    _, exponent = math.frexp(torch.finfo(rows.dtype).max)
-    largest = rows.detach().abs().amax(1)
-    unit = torch.where(largest < 2.**(-exponent // 4), 2.**(-exponent * 5 // 8), torch.ones_like(largest))
-    unit = torch.where(largest > 2.**(exponent // 4), 2.**(exponent * 5 // 8), unit)
-    return (rows / unit[:, None]).norm(dim=1), unit
 
 
 class Tucker(Perturbation):

@@ -170,6 +170,11 @@ def tucker_sum(terms: Sequence[Tuple[float, Tensor, Sequence[Tensor]]]) -> Tuple
     return core.to(cores[0].dtype), [factor.to(cores[0].dtype) for factor in factors]
 
 
+def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values as another dtype can hold them, where what is above its largest number becomes that."""
+    return values.clamp(max=torch.finfo(dtype).max).to(dtype).to(values.dtype)
+
+
 def at_least_float32(tensor: Tensor) -> Tensor:
     """The tensor in float32, or in its own precision where that is higher."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..factors import at_least_float32, low_rank
+from ..factors import at_least_float32, low_rank, rounded
 from ..group import SLOPES, UPDATES
 
 
@@ -28,6 +28,52 @@ def product_grads(weights: Sequence[Tensor], a: Tensor, b: Tensor, scale: float,
               for w, *factors, unit in zip(weights, a, b, rms or [1] * len(weights))]
     grads = torch.stack([at_least_float32(g) * slope for g, slope in zip(grad, slopes)])
     return grads.reshape(len(a), b.shape[1], a.shape[2])
+
+
+def rescaled(rows: Tensor, norms: Tensor, precision: torch.dtype) -> Tuple[Tensor, Tensor]:
+    """Rows scaled to given norms, one each; also the norms that they had. Differentiable by both arguments.
+
+    A row whose norm is zero or no ordinary number stays as it is. Norms that rows had are taken as ``precision`` can hold
+    them, so that rows whose norms were stored in it, and are given back, stay as they are bit for bit.
+    """
+    norm, unit = _norms(rows.detach())
+    scaled = _are_scaled(norm * unit, precision)
+    # The derivative of the branch that where() does not take must be finite too
+    norm, _ = _norms(torch.where(scaled[:, None], rows, 1))
+    ratio = torch.where(scaled, norms / (norm + (_held(norm, unit, precision) - norm).detach()), unit)
+    return rows / unit[:, None] * ratio[:, None], norm * unit
+
+
+def rescaled_grad(rows: Tensor, norms: Tensor, precision: torch.dtype, grad: Tensor) -> Tuple[Tensor, Tensor]:
+    """Gradients of the first of :func:`rescaled` by both arguments."""
+    norm, unit = _norms(rows)
+    scaled, held = _are_scaled(norm * unit, precision), _held(norm, unit, precision)
+    normal = torch.where(scaled[:, None], rows / unit[:, None], 0)
+    dnorms = torch.where(scaled, (at_least_float32(grad) * normal).sum(1) / held, 0)
+    ratio = torch.where(scaled, norms / held / unit, 1)
+    pull = torch.where(scaled, dnorms * norms / held / norm / unit, 0)
+    return grad * ratio[:, None] - normal * pull[:, None], dnorms
+
+
+def _norms(rows: Tensor) -> Tuple[Tensor, Tensor]:
+    """Euclidean norms of rows and the units they are in, powers of two in which no square over- or underflows.
+
+    The unit is one for ordinary rows. Units have no derivative.
+    """
+    _, exponent = math.frexp(torch.finfo(rows.dtype).max)
+    largest = rows.detach().abs().amax(1)
+    unit = torch.where(largest < 2.**(-exponent // 4), 2.**(-exponent * 5 // 8), torch.ones_like(largest))
+    unit = torch.where(largest > 2.**(exponent // 4), 2.**(exponent * 5 // 8), unit)
+    return (rows / unit[:, None]).norm(dim=1), unit
+
+
+def _are_scaled(norm: Tensor, precision: torch.dtype) -> Tensor:
+    return (norm >= torch.finfo(precision).tiny) & norm.isfinite()
+
+
+def _held(norm: Tensor, unit: Tensor, precision: torch.dtype) -> Tensor:
+    """Norms, in units, as a precision can hold them."""
+    return norm if precision == norm.dtype else rounded(norm * unit, precision) / unit
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tuple[Tensor, Tensor, Tensor]:

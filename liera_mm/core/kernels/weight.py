@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ..factors import low_rank
 from ..group import UPDATES
-from . import ops_for
+from . import builtin_only, ops_for, torch_ops
 
 
 def moved_weights(weights: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor], scale: float, update: str,
@@ -51,6 +51,41 @@ class _MovedWeights(torch.autograd.Function):
                             for *args, unit in zip(weights, a, b, grads, rms or [1] * ctx.layers)]
         products = ops_for(*weights, a, b).product_grads(weights, a, b, ctx.scale, rms, ctx.update, grads)
         return None, None, None, None, *weight_grads, *(b.mT @ products), *(products @ a.mT), *[None] * len(rms or ())
+
+
+def rescaled(rows: Tensor, norms: Tensor, precision: torch.dtype) -> Tensor:
+    """Rows of a matrix, scaled to norms of their own.
+
+    A row whose norm is zero or no ordinary number stays as it is.
+
+    Args:
+        rows: Of shape (out, values), in float32 or better.
+        norms: Of shape (out,), in the precision of the rows.
+        precision: In which :func:`row_norms` were stored: rows that are scaled to those again stay as they are, bit for bit.
+    """
+    return torch_ops.rescaled(rows, norms, precision)[0] if builtin_only() else _Rescaled.apply(rows, norms, precision)
+
+
+@torch.no_grad()
+def row_norms(rows: Tensor, precision: torch.dtype) -> Tensor:
+    """The Euclidean norms that rows have for :func:`rescaled`, of shape (out,)."""
+    ones = rows.new_ones(len(rows), dtype=torch.promote_types(rows.dtype, precision))
+    return ops_for(rows, ones).rescaled(rows, ones, precision)[1]
+
+
+class _Rescaled(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, rows, norms, precision):
+        ctx.save_for_backward(rows, norms)
+        ctx.precision = precision
+        return ops_for(rows, norms).rescaled(rows, norms, precision)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        rows, norms = ctx.saved_tensors
+        return *ops_for(rows, norms).rescaled_grad(rows, norms, ctx.precision, grad), None
 
 
 def _split(layers, tensors):

@@ -58,6 +58,33 @@ def test_moved_weights_and_their_gradient(layers, rows, cols, inner, update, rel
     agree('product_grads', dtype, weights, a, b, .7, rms, update, random(layers, rows, cols, dtype=dtype))
 
 
+@pytest.mark.parametrize('precision', DTYPES, ids=str)
+@pytest.mark.parametrize('shape', [(1, 1), (70, 49), (5, 700)])
+def test_rows_scaled_to_norms(shape, precision):
+    rows, grad = random(*shape), random(*shape)
+    rows *= 10.**torch.randint(-18, 18, (shape[0], 1), device=DEVICE) if precision == torch.float32 else 1
+    given = [rows, .5 + torch.rand(shape[0], device=DEVICE)]
+    # In float64 the plain operators would hold norms in another precision
+    for name, args in dict(rescaled=given, rescaled_grad=[*given, grad]).items():
+        for ours, theirs in zip(*(getattr(ops, name)(*args[:2], precision, *args[2:]) for ops in (triton_ops, torch_ops))):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize('precision', DTYPES, ids=str)
+def test_rows_scaled_to_the_norms_that_they_had(precision):
+    rows = torch.cat([random(64, 300), 1e-25 * random(4, 300), 1e25 * random(4, 300)])
+    rows[3], rows[5, 7], rows[8, 9] = 0, float('inf'), float('nan')
+    norms = triton_ops.rescaled(rows, torch.ones(len(rows), device=DEVICE), precision)[1]
+    stored = norms.clamp(max=torch.finfo(precision).max).to(precision).float()
+    result = triton_ops.rescaled(rows, stored, precision)[0]
+    if precision != torch.float32:  # which has no such numbers
+        rows, result = rows[:68], result[:68]
+    assert torch.equal(result.view(torch.int32), rows.view(torch.int32))
+    drows, dnorms = triton_ops.rescaled_grad(rows, stored[:len(rows)], precision, torch.ones_like(rows))
+    assert all(torch.equal(drows[row], torch.ones_like(drows[row])) and dnorms[row] == 0 for row in (3, 5, 8))
+    assert drows.isfinite().all() and dnorms.isfinite().all()
+
+
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
 @pytest.mark.parametrize('shape', [(1, 8), (2, 5, 3, 24), (37, 130)])
 def test_layer_norm(shape, dtype):

@@ -7,7 +7,8 @@ from torch.autograd import gradcheck
 from liera_mm.core.adapt import adapt
 from liera_mm.core.factors import factor_shapes, low_rank
 from liera_mm.core.group import UPDATES
-from liera_mm.core.kernels.weight import moved_weights
+from liera_mm.core.kernels import torch_ops
+from liera_mm.core.kernels.weight import moved_weights, rescaled
 from liera_mm.core.layers import effective_weights
 
 SHAPES = {'linear': (6, 4), 'conv': (4, 3, 3, 3), 'depthwise': (5, 1, 3, 3)}
@@ -52,6 +53,29 @@ def test_keeps_nothing_of_a_weights_size(update):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         moved_weights(weights, [t.requires_grad_() for t in a], [t.requires_grad_() for t in b], .3, update, torch.float32)
     assert all(t.numel() < weights[0].numel() or t.data_ptr() in frozen for t in saved)
+
+
+@pytest.mark.parametrize('size', [1e-200, 1., 1e200])
+@pytest.mark.parametrize('precision', [torch.float64, torch.float32], ids=str)
+def test_rows_scaled_to_norms(size, precision):
+    if precision == torch.float32 and size != 1:
+        pytest.skip('float32 has no such norms')
+    rows, norms = torch.randn(3, 5, dtype=torch.float64), torch.rand(3, dtype=torch.float64)
+    rows[2] = 0
+
+    def scale(rows, norms):
+        return rescaled(size * rows, norms, torch.float64)
+
+    result = scale(rows, norms)
+    torch.testing.assert_close(result.norm(dim=1), norms * torch.tensor([1., 1., 0.]))
+    torch.testing.assert_close(result[:2] / norms[:2, None], rows[:2] / rows[:2].norm(dim=1, keepdim=True))
+    ordinary = rows[:2].requires_grad_(), norms[:2].requires_grad_()
+    assert gradcheck(scale, ordinary)
+    # The formula, which transforms of torch.func differentiate, and the gradient that is written out
+    grad = torch.randn_like(rows)
+    ours = torch.autograd.grad(rescaled(*ordinary, precision), ordinary, grad[:2])
+    theirs = torch.autograd.grad(torch_ops.rescaled(*ordinary, precision)[0], ordinary, grad[:2])
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_layers_of_all_kinds_and_settings():
