@@ -219,7 +219,7 @@ def _scaled_weights(w, rows, cols, beta, out, sums, row_image, row_channel, C, J
     value = tl.load(w + at, mask, other=0.).to(tl.float32)
     if SUMS:
         shift = tl.load(beta + col, col < J, other=0.).to(tl.float32)
-        tl.store(sums + tl.program_id(0) * C + row, tl.sum(value * shift[None, :], 1), (row < C) & (image == 0))
+        tl.store(sums + tl.program_id(0) * C + row, tl.sum(value * shift[None, :], 1), row < tl.where(image == 0, C, 0))
     if COLS:
         value *= tl.load(cols + image * J + col, col < J, other=0.)[None, :]
     if ROWS:

@@ -34,10 +34,12 @@ def _floats(tensors, N: tl.constexpr):
 
 @triton.jit
 def _strips(W, ROWS, COLS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
-    """The first row, the first columns, and the channels of a program."""
+    """The first row and column of a program's strips (BT), and its channels (BC)."""
     blocks = tl.cdiv(W, BT * COLS)
     col = (tl.program_id(1) % blocks * BT + tl.arange(0, BT)) * COLS
-    return tl.program_id(1) // blocks * ROWS, col, tl.program_id(0) * BC + tl.arange(0, BC)
+    # The same row for each strip, since Triton 3.9's interpreter takes no mask of a scalar and a tensor
+    row = tl.program_id(1) // blocks * ROWS + tl.zeros_like(col)
+    return row, col, tl.program_id(0) * BC + tl.arange(0, BC)
 
 
 @triton.jit
@@ -87,7 +89,7 @@ def _depthwise_weight_grad(x, dy, dw, H, W, C, ROWS, K: tl.constexpr, COLS: tl.c
     top, col, ch = _strips(W, ROWS, COLS, BT, BC)
     base = tl.program_id(2).to(tl.int64) * H * W * C
     x, dy = x + base, dy + base
-    last = min(top + ROWS, H)
+    last = tl.minimum(top + ROWS, H)
     zero = tl.zeros((BT, BC), tl.float32)
     acc, above = (zero, ) * (K * K), (zero, ) * ((K - 1) * COLS)
     ahead = _row(x, top - K // 2, 0, H, col - K // 2, W, ch, C, COLS + K - 1)
