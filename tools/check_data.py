@@ -12,10 +12,10 @@ from typing import List
 from liera_mm.core.errors import SetupError
 from liera_mm.engine.cli import check_data, exit_clearly, load_config
 from liera_mm.engine.data_report import Split, content_digest, duplicates, findings, image_path, read_splits, table
+from liera_mm.engine.options import add_cfg_options
 from liera_mm.engine.sheet import draw_annotations
 
 # isort: split
-from mmengine.config import DictAction
 from rich.progress import track
 
 
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument('config', help='config of the detector')
     parser.add_argument('--out', type=Path, default=Path('data_check'), help='folder of the pictures; default: data_check')
     parser.add_argument('--images', type=int, default=9, help='how many are drawn of each data set; default: 9')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override settings of the config: key=value ...')
+    add_cfg_options(parser)
     args = parser.parse_args()
     if args.images < 1:
         parser.error(f'--images must be at least 1, not {args.images}')

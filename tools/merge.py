@@ -7,13 +7,13 @@ import argparse
 import copy
 from pathlib import Path
 
-from mmengine.config import DictAction
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import save_checkpoint
 
 import liera_mm
 from liera_mm.engine.checkpoint import load_trained
 from liera_mm.engine.cli import check_checkpoint, exit_clearly, load_config
+from liera_mm.engine.options import add_cfg_options
 from liera_mm.engine.plain import plain_config
 
 
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument('config', help='config that the checkpoint was trained with')
     parser.add_argument('checkpoint', help='checkpoint of tools/train.py')
     parser.add_argument('out', type=Path, help='plain checkpoint to write, .pth; the plain config goes beside it, .py')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override settings of the config: key=value ...')
+    add_cfg_options(parser)
     args = parser.parse_args()
     if args.out.suffix != '.pth':
         parser.error(f'out must be a .pth file, not {args.out}')

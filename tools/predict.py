@@ -12,11 +12,11 @@ from typing import Dict, List
 # Before anything of MMDetection, which may need the operators that liera_mm stands in for
 from liera_mm.core.errors import SetupError
 from liera_mm.engine.cli import check_checkpoint, exit_clearly, load_config
+from liera_mm.engine.options import add_cfg_options
 from liera_mm.engine.predict import Predictor, coco_results, find_images, picture_names
 
 # isort: split
 import mmcv
-from mmengine.config import DictAction
 from mmengine.logging import MMLogger
 from rich.progress import track
 
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument('--out', type=Path, default=Path('predictions'), help='folder to write; default: predictions')
     parser.add_argument('--score-thr', type=float, default=.3, help='draw detections of higher scores; default: 0.3')
     parser.add_argument('--device', help='as cpu or cuda:0; default: the best that there is')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override settings of the config: key=value ...')
+    add_cfg_options(parser)
     args = parser.parse_args()
     images, adapters = find_images(args.images), named(args.adapter)
     outs = [args.out / name for name in adapters] if len(adapters) > 1 else [args.out]

@@ -112,7 +112,7 @@ def check_class_list(classes: Any) -> None:
     other = [name for name in classes if not isinstance(name, str)]
     if other:
         raise SetupError(f'classes of metainfo has {other[0]!r}, which is no text, and so the name of no category',
-                         f'Write {str(other[0])!r}, with quotes, in a config: --cfg-options takes figures for numbers')
+                         f'Write {str(other[0])!r}, with quotes')
 
 
 def check_categories(path: str, categories: Sequence[Dict[str, Any]]) -> None:

@@ -16,7 +16,7 @@ from urllib.request import Request, urlopen
 
 import torch
 from mmdet.datasets import BaseDetDataset
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.fileio import list_from_file
 from mmengine.registry import RUNNERS
@@ -26,14 +26,18 @@ from ..core.errors import SetupError
 from ..models.pretrained import check_prefix
 from . import annotations as coco
 from .auto_classes import fill_classes
-from .config_tree import dicts, replace_prefix
+from .config_tree import dicts, replace_prefix, type_name
 from .data import DataChecks
 from .data_files import check_coco
 from .datasets import classes_of, dataset_class, datasets_of, reads_coco, reads_voc
+from .options import add_cfg_options, check_kinds, merge_options
 from .voc import check_voc
 
 LOOK_ALIKES = str.maketrans(dict(zip('\u0430\u0435\u0456\u043e\u0440\u0441\u0445\u0443', 'aeiopcxy')))
 """Cyrillic letters that look like the Latin ones of file names."""
+
+BUILDERS = dict(from_cfg='Runner', build_dataloader='dataloader')
+"""Functions of MMEngine's Runner that build it, and its dataloaders."""
 
 
 def exit_clearly(main: Callable[[], None]) -> None:
@@ -55,16 +59,20 @@ def exit_clearly(main: Callable[[], None]) -> None:
 def _build_error(error: Exception) -> Sequence[str]:
     """What is wrong with a config and what to do, if OpenMMLab's code refuses to build something of it."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    builds = [frame for frame in frames if frame.f_code.co_name == 'build_from_cfg']
+    builds = [frame for frame in frames if frame.f_code.co_name in ('build_from_cfg', *BUILDERS)]
     if not builds:
         return ()
-    name, message = builds[-1].f_locals.get('obj_type'), ' '.join(str(error.args[0] if error.args else '').split())
+    message = ' '.join(str(error.args[0] if error.args else '').split())
+    name = BUILDERS.get(builds[-1].f_code.co_name, builds[-1].f_locals.get('obj_type'))
+    if name == 'Runner':
+        message = message.partition(', but got ')[0]  # whole parts of the config
     name = getattr(name, '__name__', name) or 'part without a type'
     call = re.search(r"\) got an unexpected keyword argument '(\w+)'", message)
     if isinstance(error, TypeError) and call:
         return (f'The config has a {name}, or something made of it, with {call[1]}=..., which that does not take',
                 'Take it out; if it is left of what a base config has in the same place, add _delete_=True to the dict')
-    if frames[-1].f_globals.get('__name__', '').partition('.')[0] not in ('mmengine', 'mmcv', 'mmdet', 'mmpretrain'):
+    raised_in = frames[-1].f_globals.get('__name__', '')
+    if not raised_in.startswith(('mmengine', 'mmcv', 'mmdet', 'mmpretrain', 'torch.utils.data')):
         return ()
     if isinstance(error, KeyError) and 'is not in the' in message:
         registry = builds[-1].f_locals['registry']
@@ -80,12 +88,7 @@ def _build_error(error: Exception) -> Sequence[str]:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that train.py and test.py share with each other and with MMDetection's."""
     parser.add_argument('--work-dir', help='folder of logs and checkpoints; default: work_dirs/<config name>[/<choices>]')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        help='override settings of the config: key=value ...; data_root=FOLDER moves all paths below it, and a config '
-        'that offers choices takes the name of one, as in task=NAME')
+    add_cfg_options(parser)
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
 
@@ -148,12 +151,13 @@ def load_config(path: str, options: Optional[Dict[str, Any]] = None) -> Config:
     A config with ``auto_classes=True`` gets the classes of its annotations (:func:`fill_classes`), and no longer has that.
 
     Raises:
-        SetupError: If there is no such config, or no choice of that name, or the config has no ``data_root`` to move; or
-            if the classes cannot be read.
+        SetupError: If there is no such config, or no choice of that name, or the config has no ``data_root`` to move; if
+            options do not go with the config, or it has something of another kind than its place is for; or if the classes
+            cannot be read.
     """
     cfg = Config.fromfile(find_config(path))
     options = dict(options or {})
-    if 'data_root' in options:
+    if isinstance(options.get('data_root'), str):
         if 'data_root' not in cfg:
             raise SetupError(f'{path} has no data_root to override', 'Override the paths of its dataloaders instead')
         new = osp.join(options.pop('data_root'), '')
@@ -162,11 +166,12 @@ def load_config(path: str, options: Optional[Dict[str, Any]] = None) -> Config:
         if option in options:
             cfg.merge_from_dict(choices[_known_choice(option, str(options[option]), choices)])
             cfg.pop('work_dir', None)  # of what was chosen before, in a config that a training wrote
-    cfg.merge_from_dict(options)
+    merge_options(cfg, options)
     if cfg.get('auto_classes'):
         fill_classes(cfg)
-        cfg.merge_from_dict(options)  # what they say about classes counts
+        merge_options(cfg, options)  # what they say about classes counts
     cfg.pop('auto_classes', None)
+    check_kinds(cfg)
     return cfg
 
 
@@ -191,7 +196,7 @@ def check_data(cfg: Config, splits: List[str], keep: bool = False) -> None:
         SetupError: At the first path that is missing, or line of a classification's split file that is wrong; and where
             annotations in COCO's format are not for this config and these images, or not as they should be.
     """
-    classes = (cfg.get('model', {}).get('head') or {}).get('num_classes')
+    classes = ((cfg.get('model') or {}).get('head') or {}).get('num_classes')
     for split in splits:
         for dataset in datasets_of(cfg.get(f'{split}_dataloader') or {}):
             root = dataset.get('data_root') or ''
@@ -203,7 +208,7 @@ def check_data(cfg: Config, splits: List[str], keep: bool = False) -> None:
                 check_coco(split, dataset, keep)
             if cls is not None and reads_voc(cls) and '://' not in root and not dataset.get('backend_args'):
                 check_voc(split, dataset)
-            if dataset.get('type') == 'CustomDataset' and dataset.get('ann_file') and classes and '://' not in root:
+            if type_name(dataset) == 'CustomDataset' and dataset.get('ann_file') and classes and '://' not in root:
                 _check_samples(osp.join(root, dataset['ann_file']), osp.join(root, _prefixes(dataset)[0]), classes)
         _check_evaluators(cfg, split)
 
@@ -242,8 +247,8 @@ def _check_evaluators(cfg: Config, split: str) -> None:
             if isinstance(path, str) and '://' not in path and not there(path):
                 raise SetupError(f'The {what} of the {split} evaluator is missing: {path}',
                                  f'Give it that of its data set: --cfg-options {key}.{option}=PATH')
-        kind = re.sub(r"\W+$", '', str(evaluator.get('type')))
-        if kind.endswith(('CocoMetric', 'CocoPanopticMetric', 'LVISMetric')) and osp.isfile(evaluator.get('ann_file') or ''):
+        reads_coco_files = type_name(evaluator).endswith(('CocoMetric', 'CocoPanopticMetric', 'LVISMetric'))
+        if reads_coco_files and osp.isfile(evaluator.get('ann_file') or ''):
             with coco.without_garbage_collection():
                 coco.check_lists(evaluator['ann_file'], coco.read_json(evaluator['ann_file']),
                                  ['images', 'categories'] + ['annotations'] * (not evaluator.get('format_only')))
@@ -267,18 +272,18 @@ def _check_samples(split_file: str, folder: str, classes: int) -> None:
 
 def check_hook(cfg: Config) -> None:
     """Raise a SetupError if a model with an adapted backbone is to run without LieRAHook, which keeps it from harm."""
-    hooks = [*cfg.get('custom_hooks', ()), *cfg.get('default_hooks', {}).values()]
-    adapted = [node['type'] for _, node in dicts(cfg.model, 'model')
-               if str(node.get('type')).rpartition('.')[2] in ('LieRAConvNeXt', 'LieRABackbone')]
-    if adapted and not any(str(hook['type']).rpartition('.')[2] == 'LieRAHook' for hook in hooks if hook):
+    hooks = [*(cfg.get('custom_hooks') or ()), *(cfg.get('default_hooks') or {}).values()]
+    adapted = [type_name(node) for _, node in dicts(cfg.get('model'), 'model')
+               if type_name(node) in ('LieRAConvNeXt', 'LieRABackbone')]
+    if adapted and 'LieRAHook' not in map(type_name, hooks):
         raise SetupError(f'{cfg.filename} has a {adapted[0]}, but no LieRAHook, which checks and merges it',
                          "Add custom_hooks = [dict(type='LieRAHook')] to the config")
 
 
 def check_amp(cfg: Config) -> None:
     """Raise a SetupError if a config asks for automatic mixed precision on a machine that has nothing for it."""
-    types = [str(node.get('type')) for _, node in dicts(cfg.get('optim_wrapper'), 'optim_wrapper')]
-    if get_device() in ('cpu', 'mps') and any(kind.endswith(('AmpOptimWrapper', "AmpOptimWrapper'>")) for kind in types):
+    types = [type_name(node) for _, node in dicts(cfg.get('optim_wrapper'), 'optim_wrapper')]
+    if get_device() in ('cpu', 'mps') and any(kind.endswith('AmpOptimWrapper') for kind in types):
         raise SetupError('Automatic mixed precision (AmpOptimWrapper) needs a GPU, and there is none that torch can use',
                          'Leave out --amp; or where the config has it, use --cfg-options optim_wrapper.type=OptimWrapper')
 
@@ -292,7 +297,7 @@ def check_weights(cfg: Config) -> None:
     for key, source in _checkpoints(cfg):
         _check_source(key, source)
     for key, node in dicts(cfg.model, 'model'):
-        if node.get('type') == 'Pretrained' and node.get('prefix'):
+        if type_name(node) == 'Pretrained' and node.get('prefix'):
             check_prefix(node['checkpoint'], node['prefix'], f'--cfg-options {key}.prefix')
 
 
@@ -327,7 +332,7 @@ def _check_source(key: str, source: str) -> None:
 def _checkpoints(cfg: Config) -> Iterator[Tuple[str, str]]:
     """Key and source of every checkpoint that building and initialising the model reads."""
     for key, node in dicts(cfg.model, 'model'):
-        if node.get('type') == 'Pretrained':
+        if type_name(node) == 'Pretrained':
             yield f'{key}.checkpoint', node['checkpoint']
     if cfg.get('load_from'):
         yield 'load_from', cfg.load_from

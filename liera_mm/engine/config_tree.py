@@ -13,6 +13,12 @@ def dicts(node: Any, key: str) -> Iterator[Tuple[str, Dict[str, Any]]]:
             yield from dicts(value, f'{key}.{index}')
 
 
+def type_name(part: Any) -> str:
+    """Name of the class that a part of a config is built of, which it names or has; empty if there is none."""
+    kind = part.get('type') if isinstance(part, dict) else None
+    return getattr(kind, '__name__', None) or str(kind or '').rpartition('.')[2]
+
+
 def replace_prefix(node: Any, old: str, new: str) -> Any:
     """A part of a config in which texts that begin with one prefix begin with another."""
     if isinstance(node, dict):

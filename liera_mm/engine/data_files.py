@@ -8,7 +8,8 @@ from mmdet.datasets import CocoPanopticDataset, LVISV05Dataset, LVISV1Dataset, O
 
 from ..core.errors import SetupError
 from . import annotations as coco
-from .datasets import category_names, classes_of, dataset_class, is_step
+from .config_tree import type_name
+from .datasets import category_names, classes_of, dataset_class
 from .images import check_files, check_sizes
 
 PARSED: Dict[str, Dict[str, Any]] = {}
@@ -36,7 +37,7 @@ def check_coco(split: str, dataset: Dict[str, Any], keep: bool = False) -> None:
     path = osp.join(root, dataset['ann_file'])
     content = coco.read_json(path)
     pipeline = [step for step in dataset.get('pipeline') or () if isinstance(step, dict)]
-    unlabelled = split == 'test' or any(is_step(step, 'LoadEmptyAnnotations') for step in pipeline)
+    unlabelled = split == 'test' or any(type_name(step) == 'LoadEmptyAnnotations' for step in pipeline)
     given = isinstance(content, dict) and content.get('annotations') or not unlabelled
     coco.check_lists(path, content, ['images', 'categories'] + ['annotations'] * bool(given))
     images, categories = content['images'], content['categories']
@@ -54,7 +55,7 @@ def check_coco(split: str, dataset: Dict[str, Any], keep: bool = False) -> None:
             annotated['annotations'] = coco.segments(path, content['annotations'])
         boxes = coco.check_annotations(path, annotated, classes, cls.ANN_ID_UNIQUE)
         masks = not issubclass(cls, CocoPanopticDataset) and any(
-            is_step(step, 'LoadAnnotations') and step.get('with_mask') for step in pipeline)
+            type_name(step) == 'LoadAnnotations' and step.get('with_mask') for step in pipeline)
         if masks:
             kept = coco.usable(boxes)['kept']
             coco.check_masks(path, list(itertools.compress(boxes.entries, kept)))
@@ -69,7 +70,7 @@ def check_coco(split: str, dataset: Dict[str, Any], keep: bool = False) -> None:
         check_files(path, folder, [image['file_name'] for image in images], 'images',
                     'Put them there, say where they are with data_prefix=dict(img=FOLDER), or take them out of the '
                     'annotations')
-        loaders = [step for step in pipeline if is_step(step, 'LoadImageFromFile')]
+        loaders = [step for step in pipeline if type_name(step) == 'LoadImageFromFile']
         if loaders:
             check_sizes(folder, images, loaders[0])
     if keep:

@@ -38,12 +38,6 @@ def reads_voc(cls: Type[Dataset]) -> bool:
         'load_data_list', 'parse_data_info', '_parse_instance_info'))
 
 
-def is_step(step: Any, name: str) -> bool:
-    """Whether a step of a pipeline's config is of the class of that name."""
-    kind = step.get('type') if isinstance(step, dict) else None
-    return (kind.__name__ if inspect.isclass(kind) else str(kind).rpartition('.')[2]) == name
-
-
 def classes_of(split: str, dataset: Dict[str, Any], cls: Type[BaseDataset]) -> Sequence[str]:
     """The names of a data set's classes by its config.
 

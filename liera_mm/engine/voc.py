@@ -8,7 +8,8 @@ from mmengine.fileio import list_from_file
 
 from ..core.errors import SetupError
 from .annotations import spelling
-from .datasets import classes_of, dataset_class, is_step, listed
+from .config_tree import type_name
+from .datasets import classes_of, dataset_class, listed
 from .images import check_files, check_sizes
 
 SIDES = 'xmin', 'ymin', 'xmax', 'ymax'
@@ -54,7 +55,7 @@ def check_voc(split: str, dataset: Dict[str, Any]) -> None:
                 'FOLDER) and img_subdir, or take their lines out; they must be .jpg')
     classes = classes_of(split, dataset, cls) or ()
     photos = [read_photo(osp.join(annotations, f'{name}.xml'), classes) for name in names]
-    loaders = [step for step in dataset.get('pipeline') or () if is_step(step, 'LoadImageFromFile')]
+    loaders = [step for step in dataset.get('pipeline') or () if type_name(step) == 'LoadImageFromFile']
     if loaders:
         check_sizes(folder, [dict(file_name=image, width=photo.size[0], height=photo.size[1])
                              for image, photo in zip(images, photos) if photo.size != (0, 0)], loaders[0])

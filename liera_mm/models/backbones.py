@@ -87,6 +87,8 @@ def adapt_or_freeze(model: nn.Module, liera: Optional[Dict[str, Any]]) -> None:
         model.requires_grad_(False)
         return
     try:
+        if not isinstance(liera, dict):
+            raise TypeError(f'{liera!r} is no dict')
         for name in liera:
             check_choice('setting', name, [*inspect.signature(adapt).parameters][1:])
         adapt(model, **liera)

@@ -223,6 +223,15 @@ BAD_INPUTS = {
         config(DIGITS, "model = dict(backbone=dict(_delete_=True, type='LieRABackbone', liera=dict(rank=4), "
                "backbone=dict(type='NoConvolutions')))"), 'no convolution and no linear layer'),
     'no hook': (options(custom_hooks='[]'), 'no LieRAHook'),
+    'a hook that is no dict': (options(custom_hooks='LieRAHook'), "has custom_hooks='LieRAHook'"),
+    'a dict without its bracket': (options(custom_hooks="[dict(type='LieRAHook']"), 'cannot be read'),
+    'an entry that is not there': (options(**{'custom_hooks.1.type': 'EMAHook'}), 'where custom_hooks is'),
+    'a misspelt option': (options(**{'optim_wraper.optimizer.lr': .1}), 'changes nothing: the config has no optim_wraper'),
+    'an option without a value': (lambda run: run.options.append('resume'), "'resume', which is no KEY=VALUE"),
+    'half of validation turned off': (
+        options(val_dataloader=None), 'val_dataloader, val_cfg, and val_evaluator should be either all None or not None'),
+    'a batch size of 0': (options(**{'train_dataloader.batch_size': 0}), 'got batch_size=0'),
+    'liera that is a number': (options(**{'model.backbone.liera': 8}), '8 is no dict'),
     'hook without adapted layers': (
         config(FULL, "custom_hooks = [dict(type='LieRAHook')]"), 'found no adapted backbone'),
     'base weights with NaN': (base_weights(lambda weight: weight[0].fill_(torch.nan)), f'{LAYER}.weight'),

@@ -35,10 +35,10 @@ from liera_mm.core.errors import SetupError
 
 # Before anything of MMDetection, which may need the operators that liera_mm stands in for
 from liera_mm.engine.cli import check_data, check_weights, exit_clearly
+from liera_mm.engine.options import OptionsAction
 
 # isort: split
 import torch
-from mmengine.config import DictAction
 from study_run import (
     ADAPTERS,
     LIERA,
@@ -348,7 +348,7 @@ def main() -> None:
         command.add_argument('--seeds', nargs='+', type=seed, default=[0], help='default: 0')
         command.add_argument('--best', action='store_true',
                              help='each method in its best setting with the first of the seeds, of those finished')
-        command.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='for all runs: key=value ...')
+        command.add_argument('--cfg-options', nargs='+', action=OptionsAction, default={}, help='for all: key=value ...')
         command.add_argument('--data', default='data', help='folder of the data sets and weights; default: %(default)s')
         if name == 'sheet':
             command.add_argument('--images', type=positive(int), default=6, help='how many; default: %(default)s')

@@ -1,0 +1,136 @@
+"""What --cfg-options say, and which config they make: what a config could have works, what cannot be meant is refused."""
+import argparse
+from pathlib import Path
+
+import pytest
+
+from liera_mm.core.errors import SetupError
+from liera_mm.engine import cli
+from liera_mm.engine.options import OptionsAction, add_cfg_options
+
+DIGITS = str(Path(__file__).parents[2] / 'configs/digits/mask-rcnn_convnextv2-mini_liera_digits.py')
+HOOK = dict(type='LieRAHook')
+
+
+def options(*texts):
+    parser = argparse.ArgumentParser()
+    add_cfg_options(parser)
+    return parser.parse_args(['--cfg-options', *texts]).cfg_options
+
+
+def load(*texts):
+    return cli.load_config(DIGITS, options(*texts))
+
+
+# Values
+
+@pytest.mark.parametrize('text, value', [
+    ("[dict(type='LieRAHook')]", [HOOK]),
+    ('[dict(type=LieRAHook)]', [HOOK]),
+    ("[{'type': 'LieRAHook'}, dict(type='EMAHook', momentum=2e-4, begin_epoch=-1)]",
+     [HOOK, dict(type='EMAHook', momentum=2e-4, begin_epoch=-1)]),
+    ('dict(a=dict(b=None, c=true, d=False))', dict(a=dict(b=None, c=True, d=False))),
+    ("{'*.depthwise_conv': (1, [2])}", {'*.depthwise_conv': (1, [2])}),
+    ('{}', {}), ('dict()', {}),
+    ("['traffic light', 'bus']", ['traffic light', 'bus']),
+    ("('traffic light')", ('traffic light', )),
+    ("['1', '2']", ['1', '2']),
+    ('traffic light', 'traffic light'),
+    ('"traffic light"', 'traffic light'),
+    ('/a folder/of mine', '/a folder/of mine'),
+])
+def test_values_as_in_a_config(text, value):
+    read = options(f'key={text}')['key']
+    assert read == value and type(read) is type(value)
+
+
+@pytest.mark.parametrize('text', [
+    '1', '1e-3', 'true', 'False', 'None', 'text', '"1"', '1,2', '1,', '[1,2]', '(1,2)', '(1)', '[(1,2),[a,b],c]', '[]', '()',
+    '[stages.*,depthwise]', 'stages.*,', 're:a|b', 'a=b', '', '[a b]', 'coco/bbox_mAP', '-1', '1_000'])
+def test_other_values_are_those_of_mmengine(text):
+    read, expected = options(f'key={text}')['key'], OptionsAction._parse_iterable(text)
+    assert read == expected and type(read) is type(expected)
+
+
+@pytest.mark.parametrize('text', ["[dict(type='LieRAHook'", 'dict(1)', 'dict(**a)', 'dict(a=f(1))', '[dict(a=1)', '{a'])
+def test_values_that_cannot_be_read(text):
+    with pytest.raises(SetupError, match='key=.* cannot be read'):
+        options(f'key={text}')
+
+
+def test_brackets_that_do_not_match():
+    with pytest.raises(SetupError, match='its brackets do not match'):
+        options('key=[(1,2]')
+
+
+@pytest.mark.parametrize('text', ['train_cfg', '=3', '='])
+def test_no_key_and_value(text):
+    with pytest.raises(SetupError, match='which is no KEY=VALUE'):
+        options(text)
+
+
+def test_spaces_around_the_sign():
+    assert options('train_cfg.max_epochs = 3') == {'train_cfg.max_epochs': 3}
+
+
+# Configs
+
+@pytest.mark.parametrize('texts, key, value', [
+    (["custom_hooks=[dict(type='LieRAHook'), dict(type='EMAHook')]"], 'custom_hooks', [HOOK, dict(type='EMAHook')]),
+    (["custom_hooks.0=dict(priority='LOW')"], 'custom_hooks', [dict(HOOK, priority='LOW')]),
+    (["custom_hooks.0=dict(_delete_=True, type='LieRAHook')"], 'custom_hooks', [HOOK]),
+    (['default_hooks=dict(logger=dict(interval=7))'], 'default_hooks.logger.interval', 7),
+    (['default_hooks=None'], 'default_hooks', None),
+    (["param_scheduler=dict(type='MultiStepLR', milestones=[8, 11])"], 'param_scheduler',
+     dict(type='MultiStepLR', milestones=[8, 11])),
+    (["optim_wrapper.optimizer=dict(_delete_=True, type='SGD', lr=.01)"], 'optim_wrapper.optimizer',
+     dict(type='SGD', lr=.01)),
+    (["optim_wrapper.paramwise_cfg=dict(custom_keys={'backbone.stages': dict(lr_mult=.1)})"],
+     'optim_wrapper.paramwise_cfg.custom_keys', {'backbone.stages': dict(lr_mult=.1)}),
+    (["model.backbone.liera.overrides=[dict(targets=['depthwise'], method='dense')]"], 'model.backbone.liera.overrides',
+     [dict(targets=['depthwise'], method='dense')]),
+    (['train_dataloader.dataset.pipeline.2.scale.0=64'], 'train_dataloader.dataset.pipeline.2.scale', (64, 160)),
+    (['val_evaluator.metric.0=proposal'], 'val_evaluator.metric', ['proposal', 'segm']),
+    (['load_from=a b.pth'], 'load_from', 'a b.pth'),
+])
+def test_options_as_they_are_meant(texts, key, value):
+    cfg = load(*texts)
+    cli.check_hook(cfg)
+    for name in key.split('.'):
+        cfg = cfg[int(name) if name.isdigit() else name]
+    assert cfg == value and isinstance(cfg, type(value))
+
+
+@pytest.mark.parametrize('text, problem', [
+    ('custom_hooks.1.type=EMAHook', 'custom_hooks is '),
+    ('optim_wrapper.optimizer.lr.x=3', 'optim_wrapper.optimizer.lr is 0.002'),
+    ('train_dataloader.dataset.pipeline.99=x', 'train_dataloader.dataset.pipeline is '),
+    ('optim_wraper.optimizer.lr=1', 'has no optim_wraper'),
+    ('custom_hooks=LieRAHook', "has custom_hooks='LieRAHook'"),
+    ('custom_hooks=[LieRAHook]', "has custom_hooks.0='LieRAHook'"),
+    ("custom_hooks=dict(type='LieRAHook')", "has custom_hooks={'type': 'LieRAHook'}"),
+    ('default_hooks=[]', 'has default_hooks=\\[\\]'),
+    ('default_hooks.logger=LoggerHook', "has default_hooks.logger='LoggerHook'"),
+    ('train_dataloader.dataset=CocoDataset', "has train_dataloader.dataset='CocoDataset'"),
+    ('train_dataloader.dataset.pipeline=Resize', "pipeline='Resize'"),
+    ('train_dataloader.dataset.metainfo=digits', "metainfo='digits'"),
+    ('val_evaluator=CocoMetric', "has val_evaluator='CocoMetric'"),
+    ('param_scheduler=3', 'has param_scheduler=3'),
+    ('randomness=3', 'has randomness=3'),
+    ('load_from=[]', 'has load_from=\\[\\], which is no path'),
+    ('model.init_cfg.type=Pretrained', 'model.init_cfg of the config has no checkpoint'),
+])
+def test_what_cannot_be_meant(text, problem):
+    with pytest.raises(SetupError, match=problem) as error:
+        load(text)
+    assert len(str(error.value).splitlines()) == 2
+
+
+def test_a_key_of_the_users_own_is_none_misspelt():
+    assert load('my_option=3', 'resume=True').my_option == 3
+
+
+@pytest.mark.parametrize('text', ['custom_hooks=None', 'custom_hooks.0.type=LieRAHok', 'custom_hooks=[]'])
+def test_hooks_without_ours(text):
+    with pytest.raises(SetupError, match='no LieRAHook'):
+        cli.check_hook(load(text))
