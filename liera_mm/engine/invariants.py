@@ -52,13 +52,23 @@ def trained_backbones(model: nn.Module) -> List[Tuple[str, nn.Module]]:
 
 
 def check_optimizer(model: nn.Module, optim_wrapper: Union[OptimWrapper, OptimWrapperDict]) -> None:
-    """Raise a SetupError if a trained tensor is not in the optimizer."""
+    """Raise a SetupError if a trained tensor is not in the optimizer, or one of an adapter with a learning rate of 0."""
     optimized = {id(p) for optimizer in optimizers(optim_wrapper) for group in optimizer.param_groups
                  for p in group['params']}
     missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in optimized]
     if missing:
         raise SetupError(f'the optimizer lacks {len(missing)} trainable tensors: {", ".join(missing[:3])}.',
                          'It must be built after the model is adapted: adapt through the config, not from a hook')
+    resting = {id(p) for optimizer in optimizers(optim_wrapper) for group in optimizer.param_groups
+               if group.get('initial_lr', group.get('lr')) == 0 for p in group['params']}
+    still = [f'{name}.adapter.{key}' for name, layer in adapted_layers(model)
+             for key, p in layer.adapter.named_parameters() if id(p) in resting]
+    if still:
+        raise SetupError(
+            f'{len(still)} tensors of adapters would never move, for their learning rate is 0: {some(still)}',
+            'Where lr_mult=0 in custom_keys froze the layers before, give their adapters a rate of their own, '
+            'optim_wrapper.paramwise_cfg.custom_keys.adapter.lr_mult=1.; what shall not train is for exclude=[...] in '
+            'liera=dict(...)')
 
 
 def check_groups(optim_wrapper: OptimWrapper, checkpoint: Dict[str, Any]) -> None:

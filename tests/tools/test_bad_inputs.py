@@ -234,6 +234,8 @@ BAD_INPUTS = {
     'liera that is a number': (options(**{'model.backbone.liera': 8}), '8 is no dict'),
     'hook without adapted layers': (
         config(FULL, "custom_hooks = [dict(type='LieRAHook')]"), 'found no adapted backbone'),
+    'adapters with a learning rate of 0': (
+        options(**{'optim_wrapper.paramwise_cfg.custom_keys': '{"backbone": dict(lr_mult=0.)}'}), 'would never move'),
     'base weights with NaN': (base_weights(lambda weight: weight[0].fill_(torch.nan)), f'{LAYER}.weight'),
     'base weights with NaN, PiSSA': (
         both(base_weights(lambda weight: weight[0].fill_(torch.nan)), liera(method='pissa')), f'{LAYER}.weight'),
