@@ -10,7 +10,7 @@ else
 REQUIREMENTS = requirements-$(STACK).txt
 VENV ?= .venv-$(STACK)
 # The first that is there and that the old releases know
-PYTHON ?= $(shell for minor in 10 11 12 9; do python3.$$minor -c '' 2>/dev/null && echo python3.$$minor && break; done)
+PYTHON ?= $(shell for minor in 10 11 12; do python3.$$minor -c '' 2>/dev/null && echo python3.$$minor && break; done)
 endif
 WORKERS ?= 2
 export PYTHONUNBUFFERED = 1

@@ -45,7 +45,7 @@ def _numbers(version: str) -> Tuple[int, ...]:
 def install() -> None:
     """Make mmdet and mmpretrain importable beside versions of other packages that they know nothing of.
 
-    - mmpretrain's optional multimodal part is kept off with transformers 5 or later.
+    - mmpretrain's optional multimodal part is kept off with a transformers that is too new for it.
     - mmdet's optional text encoders are left out where transformers cannot be imported for torch is too old for it.
     - A torchvision that was built for another torch is refused.
     - mmdet 3.3 and mmsegmentation 1.2 take any mmcv 2, not only those below 2.2.
@@ -60,17 +60,18 @@ def install() -> None:
         _with_renamed_mmsegmentation(sys.modules['mmengine.config.utils'])
 
 
-def _transformers_major() -> int:
-    """Major version of the installed transformers, 0 if there is none; does not import it."""
+def _multimodal_part_imports() -> bool:
+    """Whether transformers, if it is installed, still has the names that mmpretrain takes from it; imports neither."""
+    too_new = (5, ) if _numbers(version_of('mmpretrain')) >= (1, 3) else (4, 52)
     try:
-        return int(metadata.version('transformers').split('.')[0])
+        return _numbers(metadata.version('transformers')) < too_new
     except metadata.PackageNotFoundError:
-        return 0
+        return True
 
 
 def _without_multimodal(module, run: Callable = lambda module: None) -> None:
     run(module)
-    if _transformers_major() >= 5:
+    if not _multimodal_part_imports():
         module.WITH_MULTIMODAL = False
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from mmcv.ops import knn
+from mmcv.ops import contour_expand
 from operators import fallback_only
 from processes import check_python, fake_transformers, run_python
 
@@ -26,9 +26,8 @@ def test_environment_report():
 
 @fallback_only
 def test_unsupported_operators_fail_when_called_not_on_import():
-    points = torch.ones(1, 2, 3)
-    with pytest.raises(RuntimeError, match='knn_forward.*not available(.|\n)*roi_align_forward.*nstall mmcv'):
-        knn(1, points, points)
+    with pytest.raises(RuntimeError, match='contour_expand.*not available(.|\n)*roi_align_forward.*nstall mmcv'):
+        contour_expand(torch.ones(1, 2, 2), torch.ones(2, 2), 1, 1)
 
 
 @fallback_only

@@ -1,6 +1,7 @@
 """Packages that are too old, and packages that do not fit each other."""
 import importlib.util
 import re
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,7 @@ def test_points_are_assigned_on_their_device(device):
 # mmsegmentation
 
 
+@pytest.mark.skipif(any(metadata.distributions(name='mmsegmentation')), reason='mmsegmentation has its own name here')
 @pytest.mark.parametrize('first', ['compat.versions.install(); ', 'import mmengine.config; compat.versions.install(); '])
 def test_configs_of_a_renamed_mmsegmentation(first, tmp_path):
     code = first + f'''
@@ -161,13 +163,15 @@ def test_mmpretrain_imports_with_transformers_5(tmp_path):
     check_python('compat.install(); ' + code, tmp_path)
 
 
-@pytest.mark.parametrize('version, on', [('4.40.2', True), ('5.0.0', False)])
-def test_multimodal_part_is_switched_off_only_for_transformers_5(version, on, tmp_path):
+@pytest.mark.parametrize('mmpretrain, version, on', [('1.2.0', '4.51.3', True), ('1.2.0', '4.52.0', False),
+                                                     ('1.3.6', '4.57.6', True), ('1.3.6', '5.0.0', False)])
+def test_multimodal_part_is_switched_off_only_where_it_cannot_be_imported(mmpretrain, version, on, tmp_path):
     fake_transformers(tmp_path, version)
-    for name, body in [('', ''), ('.utils', 'from .dependency import WITH_MULTIMODAL as SEEN'),
+    for name, body in [('', ''), ('.version', f'__version__ = {mmpretrain!r}'),
+                       ('.utils', 'from .dependency import WITH_MULTIMODAL as SEEN'),
                        ('.utils.dependency', 'WITH_MULTIMODAL = True')]:
         file = tmp_path / f'mmpretrain{name}'.replace('.', '/')
-        file = file.with_suffix('.py') if name.endswith('dependency') else file / '__init__.py'
+        file = file.with_suffix('.py') if name.endswith(('dependency', 'version')) else file / '__init__.py'
         file.parent.mkdir(exist_ok=True)
         file.write_text(body)
     check_python(f'compat.install(); import mmpretrain.utils as utils; assert utils.SEEN is {on}', tmp_path)

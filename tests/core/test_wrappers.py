@@ -172,10 +172,16 @@ def test_wrappers_that_must_come_later(net, wrapper, part):
 # Shards
 
 
+@pytest.fixture
+def fully_shard(group):
+    if not hasattr(torch.distributed.fsdp, 'fully_shard'):
+        pytest.skip('torch before 2.6 has no fully_shard that works without a GPU')
+    return torch.distributed.fsdp.fully_shard
+
+
 @pytest.fixture(params=['sharded', 'gathered', 'the root alone'])
-def sharded(request, bare, image, group):
+def sharded(request, bare, image, fully_shard):
     """A copy in shards; after a forward pass the parameters that the root manages stay whole."""
-    fully_shard = pytest.importorskip('torch.distributed.fsdp', reason='torch >= 2.6').fully_shard
     model = copy.deepcopy(bare)
     for unit in [] if request.param == 'the root alone' else [model.stem[0], *model.stages]:
         fully_shard(unit)
@@ -200,8 +206,7 @@ def test_reading_shards(sharded, bare, image, tmp_path):
 
 
 @pytest.mark.parametrize('method', METHODS)
-def test_moving_shards(net, image, method, group):
-    fully_shard = pytest.importorskip('torch.distributed.fsdp', reason='torch >= 2.6').fully_shard
+def test_moving_shards(net, image, method, fully_shard):
     expected = liera_mm.adapt(net, rank=2, method=method)(image)
     fully_shard(net.stem[0])
     fully_shard(net)
@@ -226,14 +231,12 @@ def test_writing_to_shards(sharded, write, image):
     assert torch.equal(liera_mm.unmerge(sharded)(image), expected)
 
 
-def test_unmerging_shards(bare, group):
-    fully_shard = pytest.importorskip('torch.distributed.fsdp', reason='torch >= 2.6').fully_shard
+def test_unmerging_shards(bare, fully_shard):
     with pytest.raises(SetupError, match='The model is in shards'):
         liera_mm.unmerge(fully_shard(liera_mm.merge(bare)) or bare)
 
 
-def test_adapting_shards(net, group):
-    fully_shard = pytest.importorskip('torch.distributed.fsdp', reason='torch >= 2.6').fully_shard
+def test_adapting_shards(net, fully_shard):
     fully_shard(net.stem)
     with pytest.raises(ValueError, match='stem is inside of FSDPModule.*adapt the model first, then wrap it'):
         liera_mm.adapt(net)

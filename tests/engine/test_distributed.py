@@ -33,6 +33,7 @@ from trainings import (
 
 from liera_mm.core.errors import SetupError
 from liera_mm.engine.checkpoint import read_checkpoint
+from liera_mm.engine.sharding import FullyShardStrategy
 
 
 @pytest.fixture(scope='module')
@@ -236,6 +237,12 @@ def test_public_functions_of_a_model_in_shards(run, tmp_path):
         torch.testing.assert_close(output, expected)
         held.append(held_here)
     assert all(a or b for a, b in zip(*held)) and held[0] != held[1]
+
+
+def test_torch_without_fully_shard(monkeypatch):
+    monkeypatch.delattr(torch.distributed.fsdp, 'fully_shard', raising=False)
+    with pytest.raises(SetupError, match=rf'needs torch 2.6 .*{re.escape(torch.__version__)}\n.*runner_type=Runner'):
+        FullyShardStrategy().shard()
 
 
 def test_who_shards(run, tmp_path):

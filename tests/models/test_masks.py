@@ -158,7 +158,7 @@ def test_packed_masks_are_shared_and_pinned(masks, monkeypatch):
             assert torch.equal(sample.gt_instances.labels, expected['data_samples'].gt_instances.labels)
             assert sample.metainfo == expected['data_samples'].metainfo
     pinned = []
-    monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda tensor: pinned.append(tensor.shape) or tensor)
+    monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda tensor, *device: pinned.append(tensor.shape) or tensor)
     batch = torch.utils.data._utils.pin_memory.pin_memory(batch)
     assert sorted(pinned) == 2 * [(3, 40, 50)] + 2 * [(4, 40, 50)]
     result = DeviceMaskPreprocessor(pad_size_divisor=32, pad_mask=True)(batch, training=True)
