@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / 'liera_mm'
 # From low to high: each imports only those before it
-CORE = ['errors', 'text', 'factors', 'perturbation', 'algebra', 'group', 'wrappers', 'kernels', 'reading', 'layers',
+CORE = ['errors', 'text', 'factors', 'perturbation', 'group', 'wrappers', 'kernels', 'algebra', 'reading', 'layers',
         'targets', 'adapted', 'summary', 'merging', 'adapt', 'adapters', 'card', 'checkpoint', 'report', 'extract']
 PACKAGES = ['version', 'core', 'compat', 'models', 'engine']
 
