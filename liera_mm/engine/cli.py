@@ -127,9 +127,9 @@ def find_config(path: str) -> str:
     folder = next((p for p in Path(ascii_path).parents if p.is_dir()), Path())
     known = [str(p) for p in folder.rglob('*.py') if '_base_' not in p.parts] if str(folder) != '.' else []
     known = known or [str(p) for p in Path('configs').rglob('*.py') if '_base_' not in p.parts]
-    closest = difflib.get_close_matches(ascii_path, known, n=3, cutoff=0.3)
+    closest = _closest(ascii_path, known)
     raise SetupError(f'Config not found: {path}',
-                     f'The closest ones are {", ".join(closest)}' if closest else 'Give the path of a config file')
+                     f'The closest ones are {closest}' if closest else 'Give the path of a config file')
 
 
 def _to_latin(path: str) -> str:
@@ -155,7 +155,7 @@ def load_config(path: str, options: Optional[Dict[str, Any]] = None) -> Config:
             options do not go with the config, or it has something of another kind than its place is for; or if the classes
             cannot be read.
     """
-    cfg = Config.fromfile(find_config(path))
+    cfg = _read(find_config(path))
     options = dict(options or {})
     if isinstance(options.get('data_root'), str):
         if 'data_root' not in cfg:
@@ -173,6 +173,29 @@ def load_config(path: str, options: Optional[Dict[str, Any]] = None) -> Config:
     cfg.pop('auto_classes', None)
     check_kinds(cfg)
     return cfg
+
+
+def _read(path: str) -> Config:
+    """Read a config file; a SetupError says what is wrong with it, or with what it imports or takes for its base."""
+    try:
+        return Config.fromfile(path)
+    except Exception as error:  # of every kind, for a config is a program
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+                 if osp.abspath(frame.filename) == osp.abspath(path)]
+        line = getattr(error, 'lineno', None) or (lines or [None])[-1]
+        text = str(error).strip().partition('\n')[0] or traceback.extract_tb(error.__traceback__)[-1].line
+        missing = isinstance(error, FileNotFoundError) and re.search(r'(\S+\.py)', text.replace('"', ' ').replace("'", ' '))
+        close = missing and _closest(missing[1], [str(p) for p in Path(missing[1]).parent.glob('*.py')])
+        remedy = (f'The closest ones are {close}' if close else
+                  'The base has no such part: see it with print(Config.fromfile(...)) of mmengine'
+                  if isinstance(error, KeyError) else 'Correct it')
+        raise SetupError(f'{path}{f", line {line}," * bool(line)} cannot be read: {type(error).__name__}: {text}',
+                         remedy) from error
+
+
+def _closest(name: str, known: Sequence[str]) -> str:
+    """The names that are closest to another, as a text; empty if none is."""
+    return ', '.join(difflib.get_close_matches(name, known, n=3, cutoff=.3))
 
 
 def _known_choice(option: str, name: str, choices: Sequence[str]) -> str:

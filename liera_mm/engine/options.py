@@ -1,6 +1,7 @@
 """``--cfg-options KEY=VALUE ...``: what they say, and a config that has them."""
 import argparse
 import ast
+import copy
 import difflib
 import inspect
 from typing import Any, Dict, Sequence
@@ -87,8 +88,11 @@ def merge_options(cfg: Config, options: Dict[str, Any]) -> None:
         SetupError: If one does not go with what the config has, or nothing of that name is read and something is meant.
     """
     known = {*cfg.keys(), *READ_BY_OTHERS, *list(inspect.signature(Runner).parameters)}
-    for key, value in options.items():
-        first = key.partition('.')[0]
+    keys = list(options)
+    for index, key in enumerate(keys):
+        if any(key.startswith(f'{later}.') and not isinstance(options[later], dict) for later in keys[index + 1:]):
+            continue  # part of what a later one replaces
+        first, value = key.partition('.')[0], copy.deepcopy(options[key])  # MMEngine takes _delete_ out of it
         meant = difflib.get_close_matches(first, known, n=1, cutoff=.85)
         if first not in known and meant:
             raise SetupError(f'--cfg-options {key} changes nothing: the config has no {first}', f'Did you mean {meant[0]}?')

@@ -99,6 +99,36 @@ def test_config_without_data_root(tmp_path):
     assert 'has no data_root' in problem_of(cli.load_config, str(tmp_path / 'config.py'), {'data_root': 'x'})[0]
 
 
+EDIT = """
+_base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
+custom_imports = dict(imports=['liera_mm'])
+model = dict(backbone=dict(_delete_=True, type='LieRABackbone', backbone={{_base_.model.backbone}}, liera=dict(rank=8)))
+custom_hooks = [dict(type='LieRAHook')]
+"""
+
+
+@pytest.mark.parametrize('right, wrong, problem, remedy', [
+    ('rank=8)))', 'rank=8))', 'line .*, cannot be read: SyntaxError: ', 'Correct it'),
+    ('r50_fpn_1x', 'r50_fpn_1', 'cannot be read: FileNotFoundError: .*faster-rcnn_r50_fpn_1_coco.py',
+     'The closest ones are .*/faster-rcnn_r50_fpn_1x_coco.py'),
+    ('mmdet::', 'mmdett::', 'cannot be read: .*mmdett', 'Correct it'),
+    ("'mmdet::", "'nowhere/", 'cannot be read: FileNotFoundError: .*nowhere', 'Correct it'),
+    ("'liera_mm'", "'liera_mn'", "cannot be read: ImportError: .*'liera_mn'", 'Correct it'),
+    ('rank=8', 'rank=r', "line 4, cannot be read: NameError: name 'r' is not defined", 'Correct it'),
+    ('_base_.model.backbone', '_base_.model.backbon', "cannot be read: KeyError: 'backbon'", 'The base has no such part'),
+    ('_base_ =', 'base =', "cannot be read: KeyError: 'model'", 'The base has no such part'),
+])
+def test_slips_in_the_edit(tmp_path, right, wrong, problem, remedy):
+    assert right in EDIT
+    path = tmp_path / 'config.py'
+    path.write_text(EDIT)
+    assert cli.load_config(str(path)).model.backbone.backbone.type == 'ResNet'
+    path.write_text(EDIT.replace(right, wrong))
+    lines = problem_of(cli.load_config, str(path))
+    assert lines[0].startswith(str(path))
+    assert re.search(problem, lines[0]) and re.match(remedy, lines[1]), lines
+
+
 @pytest.mark.parametrize('given, in_config, expected', [
     ('a', 'b', 'a'), (None, 'b', 'b'), (None, None, 'work_dirs/config')])
 def test_work_dir(tmp_path, given, in_config, expected):

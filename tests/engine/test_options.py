@@ -101,6 +101,14 @@ def test_options_as_they_are_meant(texts, key, value):
     assert cfg == value and isinstance(cfg, type(value))
 
 
+@pytest.mark.parametrize('auto', ['False', 'True'])
+def test_later_options_count(auto, digits):
+    """Also where the options are merged again, after auto_classes."""
+    cfg = load(f'data_root={digits}', f'auto_classes={auto}', 'val_dataloader.num_workers=0', 'val_dataloader=None',
+               'train_cfg.val_interval=3', "train_cfg=dict(_delete_=True, type='IterBasedTrainLoop', max_iters=3)")
+    assert cfg.val_dataloader is None and cfg.train_cfg == dict(type='IterBasedTrainLoop', max_iters=3)
+
+
 @pytest.mark.parametrize('text, problem', [
     ('custom_hooks.1.type=EMAHook', 'custom_hooks is '),
     ('optim_wrapper.optimizer.lr.x=3', 'optim_wrapper.optimizer.lr is 0.002'),
