@@ -205,7 +205,7 @@ class CUDAGraphPair:
 
         self.constants: Dict[Any, Tensor] = {}
         self.graph, self.backward_graph, self.grads = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph(), []
-        with _recovering(inputs[0].device), keep_constants(self.constants):
+        with _recovering(inputs[0].device, pool), keep_constants(self.constants):
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # what is done once, is done here
                 outputs = forward()
@@ -256,8 +256,11 @@ def _state(module: nn.Module) -> Optional[List[Any]]:
 
 
 @contextlib.contextmanager
-def _recovering(device: torch.device) -> Iterator[None]:
-    """A context in which a capture can fail: torch would stay on its stream, and draw no random number ever after."""
+def _recovering(device: torch.device, pool: Any) -> Iterator[None]:
+    """A context in which a capture can fail.
+
+    torch would stay on its stream, draw no random number ever after, and not use memory again that two streams have used.
+    """
     generator = torch.cuda.default_generators[device.index]
     before = generator.clone_state()
     with torch.cuda.stream(torch.cuda.current_stream(device)):
@@ -265,6 +268,8 @@ def _recovering(device: torch.device) -> Iterator[None]:
             yield
         except BaseException:
             generator.graphsafe_set_state(before)
+            with contextlib.suppress(RuntimeError):  # if the capture got as far as this itself
+                torch._C._cuda_endAllocateToPool(device.index, pool)
             Graphs.failures += 1
             raise
 
