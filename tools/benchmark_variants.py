@@ -24,6 +24,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from liera_mm.core.algebra import METHODS
 from liera_mm.core.factors import factor_shapes
 from liera_mm.core.targets import layer_kind
+from liera_mm.engine.param_groups import MergedGroups
 from liera_mm.engine.watches import LossWatch
 from liera_mm.models.graphs import Graphs
 
@@ -149,6 +150,8 @@ class Variant:
         others = torch.cuda.memory_allocated()
         torch.manual_seed(0)
         self.cfg, self.model, self.optimizer = build(name, arch, rank, size, **options)
+        if ALL[name].get('options') is not STOCK:
+            MergedGroups(self.optimizer.optimizer)  # as LieRAHook does
         if 'watched' in ALL[name]:
             LossWatch(self.model, self.optimizer)
         self.model.backbone.register_forward_hook(lambda *_: self._mark('backbone'))
