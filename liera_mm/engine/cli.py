@@ -300,7 +300,7 @@ def check_hook(cfg: Config) -> None:
                if type_name(node) in ('LieRAConvNeXt', 'LieRABackbone')]
     if adapted and 'LieRAHook' not in map(type_name, hooks):
         raise SetupError(f'{cfg.filename} has a {adapted[0]}, but no LieRAHook, which checks and merges it',
-                         "Add custom_hooks = [dict(type='LieRAHook')] to the config")
+                         "Add default_hooks = dict(liera=dict(type='LieRAHook')) to the config")
 
 
 def check_amp(cfg: Config) -> None:

@@ -94,8 +94,8 @@ class FullyShardStrategy(DDPStrategy):
 def _refuse_to_train(model: nn.Module, *_: Any) -> None:
     if model.training:
         raise SetupError('nothing has sharded the model: each process would train one of its own.',
-                         "LieRAHook does that: add custom_hooks = [dict(type='LieRAHook')], or train without shards: "
-                         '--cfg-options runner_type=Runner')
+                         "LieRAHook does that: add default_hooks = dict(liera=dict(type='LieRAHook')), or train without "
+                         'shards: --cfg-options runner_type=Runner')
 
 
 def local(tensor: Tensor) -> Tensor:

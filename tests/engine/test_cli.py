@@ -99,12 +99,20 @@ def test_config_without_data_root(tmp_path):
     assert 'has no data_root' in problem_of(cli.load_config, str(tmp_path / 'config.py'), {'data_root': 'x'})[0]
 
 
-EDIT = """
-_base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
-custom_imports = dict(imports=['liera_mm'])
-model = dict(backbone=dict(_delete_=True, type='LieRABackbone', backbone={{_base_.model.backbone}}, liera=dict(rank=8)))
-custom_hooks = [dict(type='LieRAHook')]
-"""
+EDIT = re.search("```python\n(_base_ = 'mmdet::.*?)```", (ROOT / 'README.md').read_text(), re.S)[1]
+
+
+@pytest.mark.parametrize('base, hooks', [
+    ('faster_rcnn/faster-rcnn_r50_fpn_1x_coco', []),
+    ('rtmdet/rtmdet_tiny_8xb32-300e_coco', ['EMAHook', 'PipelineSwitchHook']),
+    ('yolox/yolox_s_8xb8-300e_coco', ['YOLOXModeSwitchHook', 'SyncNormHook', 'EMAHook'])])
+def test_the_edit_keeps_the_hooks_of_its_base(tmp_path, base, hooks):
+    path = tmp_path / 'config.py'
+    path.write_text(EDIT.replace('faster_rcnn/faster-rcnn_r50_fpn_1x_coco', base))
+    cfg = cli.load_config(str(path))
+    cli.check_hook(cfg)
+    assert [hook.type for hook in cfg.get('custom_hooks', [])] == hooks
+    assert {'checkpoint', 'logger'} < cfg.default_hooks.keys()
 
 
 @pytest.mark.parametrize('right, wrong, problem, remedy', [
@@ -114,7 +122,7 @@ custom_hooks = [dict(type='LieRAHook')]
     ('mmdet::', 'mmdett::', 'cannot be read: .*mmdett', 'Correct it'),
     ("'mmdet::", "'nowhere/", 'cannot be read: FileNotFoundError: .*nowhere', 'Correct it'),
     ("'liera_mm'", "'liera_mn'", "cannot be read: ImportError: .*'liera_mn'", 'Correct it'),
-    ('rank=8', 'rank=r', "line 4, cannot be read: NameError: name 'r' is not defined", 'Correct it'),
+    ('rank=8', 'rank=r', "line 3, cannot be read: NameError: name 'r' is not defined", 'Correct it'),
     ('_base_.model.backbone', '_base_.model.backbon', "cannot be read: KeyError: 'backbon'", 'The base has no such part'),
     ('_base_ =', 'base =', "cannot be read: KeyError: 'model'", 'The base has no such part'),
 ])

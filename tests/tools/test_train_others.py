@@ -87,7 +87,7 @@ custom_imports = dict(imports=['liera_mm'])
 model = dict(
     backbone=dict(_delete_=True, type='LieRABackbone', backbone={{{{_base_.model.backbone}}}}, liera=dict(rank=8)),
     roi_head=dict(bbox_head=dict(num_classes={len(classes)})))
-custom_hooks = [dict(type='LieRAHook')]
+default_hooks = dict(liera=dict(type='LieRAHook'))
 metainfo = dict(classes={classes})
 train_dataloader = dict(dataset=dict(metainfo=metainfo))
 val_dataloader = dict(dataset=dict(metainfo=metainfo))
