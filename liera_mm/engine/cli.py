@@ -26,7 +26,7 @@ from ..core.errors import SetupError
 from ..models.pretrained import check_prefix
 from . import annotations as coco
 from .auto_classes import fill_classes
-from .config_tree import dicts, replace_prefix, type_name
+from .config_tree import dicts, is_pretrained, replace_prefix, type_name
 from .data import DataChecks
 from .data_files import check_coco
 from .datasets import classes_of, dataset_class, datasets_of, reads_coco, reads_voc
@@ -320,7 +320,7 @@ def check_weights(cfg: Config) -> None:
     for key, source in _checkpoints(cfg):
         _check_source(key, source)
     for key, node in dicts(cfg.model, 'model'):
-        if type_name(node) == 'Pretrained' and node.get('prefix'):
+        if is_pretrained(node) and node.get('prefix'):
             check_prefix(node['checkpoint'], node['prefix'], f'--cfg-options {key}.prefix')
 
 
@@ -355,7 +355,7 @@ def _check_source(key: str, source: str) -> None:
 def _checkpoints(cfg: Config) -> Iterator[Tuple[str, str]]:
     """Key and source of every checkpoint that building and initialising the model reads."""
     for key, node in dicts(cfg.model, 'model'):
-        if type_name(node) == 'Pretrained':
+        if is_pretrained(node):
             yield f'{key}.checkpoint', node['checkpoint']
     if cfg.get('load_from'):
         yield 'load_from', cfg.load_from

@@ -19,6 +19,11 @@ def type_name(part: Any) -> str:
     return getattr(kind, '__name__', None) or str(kind or '').rpartition('.')[2]
 
 
+def is_pretrained(part: Any) -> bool:
+    """Whether a part of a config is an ``init_cfg`` that reads a checkpoint."""
+    return type_name(part) in ('Pretrained', 'PretrainedInit')
+
+
 def replace_prefix(node: Any, old: str, new: str) -> Any:
     """A part of a config in which texts that begin with one prefix begin with another."""
     if isinstance(node, dict):

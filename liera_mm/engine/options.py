@@ -10,7 +10,7 @@ from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 
 from ..core.errors import SetupError
-from .config_tree import dicts, type_name
+from .config_tree import dicts, is_pretrained
 
 READ_BY_OTHERS = {'auto_scale_lr', 'tta_model', 'tta_pipeline', 'runner_type', 'strategy'}
 """Options of a config that MMEngine's Runner does not take itself."""
@@ -123,7 +123,7 @@ def check_kinds(cfg: Config) -> None:
             _check_kind(f'{key}.pipeline', node.get('pipeline'), LIST)
             _check_kind(f'{key}.metainfo', node.get('metainfo'))
     for key, node in dicts(cfg.get('model'), 'model'):
-        if type_name(node) == 'Pretrained' and not isinstance(node.get('checkpoint'), str):
+        if is_pretrained(node) and not isinstance(node.get('checkpoint'), str):
             raise SetupError(f'{key} of the config has no checkpoint', f'Give it one, {key}.checkpoint=FILE, or take it out')
     for key in ('load_from', 'data_root'):
         if not isinstance(cfg.get(key), (str, type(None))):

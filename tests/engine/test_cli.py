@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from mmengine.config import Config
+from mmengine.model import PretrainedInit
 from mmengine.registry import MODELS
 
 from liera_mm.core.errors import SetupError
@@ -205,6 +206,13 @@ def server(tmp_path, monkeypatch):
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
         yield f'http://127.0.0.1:{httpd.server_port}'
         httpd.shutdown()
+
+
+def test_missing_weights_of_a_class(tmp_path):
+    """As pure Python-style configs have it, with types of their own."""
+    cfg = with_weights(tmp_path / 'base.pth')
+    cfg.model.backbone.init_cfg.type = PretrainedInit
+    assert problem_of(cli.check_weights, cfg)[0] == f'Weights not found: {tmp_path}/base.pth'
 
 
 def test_missing_weights(tmp_path):
