@@ -33,7 +33,8 @@ def settings(model, paramwise_cfg, **options):
     """Learning rate and weight decay of each trained tensor, by its name."""
     names = {id(p): name for name, p in model.named_parameters()}
     return {names[id(p)]: (group['lr'], group['weight_decay'])
-            for group in optimizer_of(model, paramwise_cfg, **options).optimizer.param_groups for p in group['params']}
+            for group in optimizer_of(model, paramwise_cfg, **options).optimizer.param_groups for p in group['params']
+            if p.requires_grad}  # MMEngine 0.10.0 lists others too
 
 
 def adapted(method='lora', **liera):
