@@ -52,15 +52,17 @@ def trained_backbones(model: nn.Module) -> List[Tuple[str, nn.Module]]:
 
 
 def check_optimizer(model: nn.Module, optim_wrapper: Union[OptimWrapper, OptimWrapperDict]) -> None:
-    """Raise a SetupError if a trained tensor is not in the optimizer, or one of an adapter with a learning rate of 0."""
-    optimized = {id(p) for optimizer in optimizers(optim_wrapper) for group in optimizer.param_groups
-                 for p in group['params']}
+    """Raise a SetupError if a trained tensor is not in the optimizer, or if adapters alone rest at a learning rate of 0."""
+    groups = [group for optimizer in optimizers(optim_wrapper) for group in optimizer.param_groups]
+    optimized = {id(p) for group in groups for p in group['params']}
     missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in optimized]
     if missing:
         raise SetupError(f'the optimizer lacks {len(missing)} trainable tensors: {", ".join(missing[:3])}.',
                          'It must be built after the model is adapted: adapt through the config, not from a hook')
-    resting = {id(p) for optimizer in optimizers(optim_wrapper) for group in optimizer.param_groups
-               if group.get('initial_lr', group.get('lr')) == 0 for p in group['params']}
+    at_rest = [group.get('initial_lr', group.get('lr')) == 0 for group in groups]
+    if all(at_rest):  # a trial, in which nothing is meant to move
+        return
+    resting = {id(p) for group, rests in zip(groups, at_rest) if rests for p in group['params']}
     still = [f'{name}.adapter.{key}' for name, layer in adapted_layers(model)
              for key, p in layer.adapter.named_parameters() if id(p) in resting]
     if still:

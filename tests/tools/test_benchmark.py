@@ -1,6 +1,7 @@
 """What of tools/benchmark.py runs without a GPU: its dataloaders, its table and pictures."""
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def test_settings_are_measured_on_what_their_dataloaders_give(monkeypatch, tiny_
         variant.times.append(dict.fromkeys(benchmark.PARTS, 2.))
 
     monkeypatch.setattr(BaseModel, 'cuda', lambda self: self)
-    monkeypatch.setattr('benchmark_variants.build_optim_wrapper', lambda model, cfg: None)
+    monkeypatch.setattr('benchmark_variants.build_optim_wrapper', lambda model, cfg: SimpleNamespace(optimizer=None))
     monkeypatch.setattr(benchmark.Variant, 'step', step)
     monkeypatch.setitem(benchmark.SETTINGS['workers end']['options'], 'train_dataloader.num_workers', 2)
     names = ['2 workers', 'workers end']
@@ -45,7 +46,7 @@ def test_rows_of_the_variants(monkeypatch):
 
     monkeypatch.setattr(BaseModel, 'cuda', lambda self: self)
     monkeypatch.setattr('torch.cuda.reset_peak_memory_stats', lambda: None)
-    monkeypatch.setattr('benchmark_variants.build_optim_wrapper', lambda model, cfg: None)
+    monkeypatch.setattr('benchmark_variants.build_optim_wrapper', lambda model, cfg: SimpleNamespace(optimizer=None))
     monkeypatch.setattr(benchmark.Variant, 'step', step)
     monkeypatch.setattr(benchmark, 'on_card', lambda variant, data: dict(a=[1.5, 2.], b=[.5, 9.]))
     names = ['frozen fast', 'liera fast']
