@@ -35,7 +35,8 @@ from torch import nn
 
 from ..core.checkpoint import digest, load_adapter, write_atomically
 from ..core.errors import SetupError
-from ..models.pretrained import RECORD, encode_record, load_from_safetensors, pretrained_backbones
+from ..models.pretrained import RECORD, encode_record, pretrained_backbones
+from ..models.weight_files import load_from_safetensors
 
 TRUST = 'LIERA_MM_TRUST_CHECKPOINTS'
 

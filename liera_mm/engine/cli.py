@@ -23,7 +23,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from ..core.errors import SetupError
-from ..models.pretrained import check_prefix
+from ..models.weight_files import check_prefix
 from . import annotations as coco
 from .auto_classes import fill_classes
 from .config_tree import dicts, is_pretrained, replace_prefix, type_name

@@ -113,7 +113,7 @@ def test_all_of_mmengines_schemes_are_ours(scheme):
 
 def test_no_other_scheme_is_left():
     modules = {loader.__module__ for loader in CheckpointLoader._schemes.values()}
-    assert modules == {'liera_mm.engine.checkpoint', 'liera_mm.models.pretrained'}
+    assert modules == {'liera_mm.engine.checkpoint', 'liera_mm.models.weight_files'}
 
 
 @pytest.mark.parametrize('given_as', ['load_from', 'resume', 'init_cfg', 'test'])
