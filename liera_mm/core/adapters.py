@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from .adapted import adapted_layers, intended_parameters, trained_in_place
 from .group import UPDATES
 from .layers import AdaptedLayer
-from .merging import unmerge
 from .text import some
 from .wrappers import refuse_shards, through_wrappers, unwrap
 
@@ -184,12 +183,14 @@ def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
         raise ValueError('the adapters cannot be switched off: norms or biases of this model were trained in place, or '
                          f'layers whole ({some(trained)}), and what they were before is not kept')
     with _unfolded(model):
-        for _, layer in adapted_layers(model):
+        layers = [layer for _, layer in adapted_layers(model) if not layer.merged]  # none is, inside of another such context
+        for layer in layers:
             layer.unmerged_weight = layer.frozen_weight.data  # as if merged, with Δ = 0
         try:
             yield wrapper
         finally:
-            unmerge(model)
+            for layer in layers:
+                layer.unmerge()
 
 
 def _check_loaded(model: nn.Module, name: str) -> None:

@@ -137,6 +137,9 @@ def test_off(net, perturb, image, method, update, merged):
         assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
         merge(model)
         assert torch.equal(model(image), expected)
+        with adapters_off(model):
+            assert torch.equal(model(image), expected)
+        assert torch.equal(model(image), expected)
     assert torch.equal(model(image), adapted)
     assert all(layer.merged == merged for _, layer in adapted_layers(model))
 
