@@ -6,7 +6,6 @@ from typing import List, Optional, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..factors import low_rank
 from ..group import UPDATES
@@ -41,7 +40,6 @@ class _MovedWeights(torch.autograd.Function):
         return ops_for(*weights, a, b).moved_weights(weights, a, b, scale, rms, update, dtype).unbind()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads):
         weights, a, b, rms = _split(ctx.layers, ctx.saved_tensors)
         grads = _stack(grads)
@@ -49,7 +47,8 @@ class _MovedWeights(torch.autograd.Function):
         if any(ctx.needs_input_grad[4:4 + ctx.layers]):
             weight_grads = [_weight_grad(*args, ctx.scale / unit, ctx.update)
                             for *args, unit in zip(weights, a, b, grads, rms or [1] * ctx.layers)]
-        products = ops_for(*weights, a, b).product_grads(weights, a, b, ctx.scale, rms, ctx.update, grads)
+        ops = torch_ops if _twice() else ops_for(*weights, a, b)
+        products = ops.product_grads(weights, a, b, ctx.scale, rms, ctx.update, grads)
         return None, None, None, None, *weight_grads, *(b.mT @ products), *(products @ a.mT), *[None] * len(rms or ())
 
 
@@ -82,10 +81,19 @@ class _Rescaled(torch.autograd.Function):
         return ops_for(rows, norms).rescaled(rows, norms, precision)[0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         rows, norms = ctx.saved_tensors
+        if _twice():
+            wanted = [tensor for tensor in (rows, norms) if tensor.requires_grad]
+            result, _ = torch_ops.rescaled(rows, norms, ctx.precision)
+            grads = iter(torch.autograd.grad(result, wanted, grad, create_graph=True))
+            return *(next(grads) if tensor.requires_grad else None for tensor in (rows, norms)), None
         return *ops_for(rows, norms).rescaled_grad(rows, norms, ctx.precision, grad), None
+
+
+def _twice() -> bool:
+    """Whether gradients will be differentiated (``create_graph``), for which they are made of operators of torch alone."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _split(layers, tensors):
@@ -102,4 +110,4 @@ def _weight_grad(weight, a, b, grad, scale, update):
     with torch.enable_grad():
         leaf = weight.detach().requires_grad_()
         moved = UPDATES[update](leaf, low_rank(a, b, scale, weight.shape))
-    return torch.autograd.grad(moved, leaf, grad.to(moved.dtype))[0]
+    return torch.autograd.grad(moved, leaf, grad.to(moved.dtype), create_graph=_twice())[0]

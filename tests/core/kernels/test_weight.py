@@ -2,7 +2,7 @@
 import pytest
 import torch
 from torch import nn
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
 from liera_mm.core.adapt import adapt
 from liera_mm.core.factors import factor_shapes, low_rank
@@ -34,6 +34,7 @@ def test_values_and_gradients(shape, update, rms):
         expected = UPDATES[update](args[0], low_rank(*args[1:], .3 / unit, args[0].shape))
         torch.testing.assert_close(moved, expected)
     assert gradcheck(move, (*weights, *a, *b))
+    assert gradgradcheck(move, (*weights, *a, *b), fast_mode=True)
 
 
 def test_gradients_in_any_memory_format():
@@ -70,7 +71,7 @@ def test_rows_scaled_to_norms(size, precision):
     torch.testing.assert_close(result.norm(dim=1), norms * torch.tensor([1., 1., 0.]))
     torch.testing.assert_close(result[:2] / norms[:2, None], rows[:2] / rows[:2].norm(dim=1, keepdim=True))
     ordinary = rows[:2].requires_grad_(), norms[:2].requires_grad_()
-    assert gradcheck(scale, ordinary)
+    assert gradcheck(scale, ordinary) and gradgradcheck(scale, ordinary, fast_mode=True)
     # The formula, which transforms of torch.func differentiate, and the gradient that is written out
     grad = torch.randn_like(rows)
     ours = torch.autograd.grad(rescaled(*ordinary, precision), ordinary, grad[:2])
