@@ -71,7 +71,7 @@ def save_adapter(model: nn.Module, path: Union[str, os.PathLike], dtype: Optiona
         rounded=json.dumps(_rounded(model)),
         card=known.to_json())
     path = Path(path)
-    page = path.with_suffix('.md')
+    page = path.with_name(path.name.removesuffix('.safetensors') + '.md')  # lr0.1 and lr0.2 have one each
     write_atomically(path, seal(tensors, metadata))
     if not page.exists() or page.read_bytes().startswith(FRONT.encode()):
         write_atomically(page, markdown(known, path.name, model.liera, _numbers(tensors)).encode())

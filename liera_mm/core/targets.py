@@ -111,7 +111,8 @@ def _check_list(option: str, patterns: Any) -> None:
 
 def _pattern(target: Any) -> Pattern[str]:
     try:
-        return re.compile(target[3:] if target.startswith('re:') else fnmatch.translate(target))
+        # A name is meant also where it is no glob of itself, such as a[0]
+        return re.compile(target[3:] if target.startswith('re:') else f'{re.escape(target)}|{fnmatch.translate(target)}')
     except (AttributeError, re.error) as error:
         raise ValueError(f'target {target!r} is no layer kind, glob or re: pattern: {error}') from None
 

@@ -223,6 +223,13 @@ def test_weights_that_are_not_finite(net, method, update):
     assert_refused(net, ValueError, '^stages.1.pointwise_conv1: .*not finite', method=method, update=update)
 
 
+def test_a_name_that_is_no_glob_of_itself():
+    model = nn.ModuleDict({name: nn.Conv2d(3, 4, 3) for name in ('a[0]', 'a[1]', 'b', 'c[0]')})
+    adapt(model, targets=['a*', 'b'], overrides=[dict(targets=['a[0]'], method='dense')], train=['c[0]'], exclude=['a[1]'])
+    assert [(name, layer.method) for name, layer in adapted_layers(model)] == [('a[0]', 'dense'), ('b', 'lora')]
+    assert trains(model) == {'c[0].weight', 'c[0].bias'}
+
+
 class Deformable(nn.Module):
     """As mmcv.ops.DeformConv2d: a convolution that is no nn.Conv2d."""
 

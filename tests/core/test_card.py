@@ -98,6 +98,13 @@ def test_without_a_card(model, tmp_path):
     assert list(sections) == ['# adapter', '## Use', '## Versions']
 
 
+def test_names_with_a_point(model, tmp_path):
+    for name in ('lr0.1', 'lr0.2', 'task.safetensors'):
+        save_adapter(model, tmp_path / name)
+    assert {page.name for page in tmp_path.glob('*.md')} == {'lr0.1.md', 'lr0.2.md', 'task.md'}
+    assert '# lr0.1\n' in (tmp_path / 'lr0.1.md').read_text()
+
+
 def test_files_without_a_card_load(path, model):
     with safe_open(path, 'pt') as file:
         metadata = {key: value for key, value in file.metadata().items() if key not in ('card', 'checksum')}
