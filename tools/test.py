@@ -70,7 +70,7 @@ def main() -> None:
         show_predictions(cfg, args)
     if args.tta:
         use_tta(cfg)
-    runner = build_runner(cfg)
+    runner = build_runner(cfg, 'test')
     if args.out:
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
     runner.test()

@@ -30,7 +30,7 @@ from .config_tree import dicts, is_pretrained, replace_prefix, type_name
 from .data import DataChecks
 from .data_files import check_coco
 from .datasets import classes_of, dataset_class, datasets_of, reads_coco, reads_voc
-from .options import add_cfg_options, check_kinds, merge_options
+from .options import add_cfg_options, check_kinds, merge_options, other_kinds
 from .voc import check_voc
 
 LOOK_ALIKES = str.maketrans(dict(zip('\u0430\u0435\u0456\u043e\u0440\u0441\u0445\u0443', 'aeiopcxy')))
@@ -39,50 +39,74 @@ LOOK_ALIKES = str.maketrans(dict(zip('\u0430\u0435\u0456\u043e\u0440\u0441\u0445
 BUILDERS = dict(from_cfg='Runner', build_dataloader='dataloader')
 """Functions of MMEngine's Runner that build it, and its dataloaders."""
 
+OPENMMLAB = 'mmengine', 'mmcv', 'mmdet', 'mmpretrain', 'mmseg'
+USED_BY_TOOLS = *OPENMMLAB, 'torch', 'numpy', 'logging', 'liera_mm', '__main__'
+NOT_OF_OPTIONS = OSError, MemoryError, torch.cuda.OutOfMemoryError
+
 
 def exit_clearly(main: Callable[[], None]) -> None:
     """Run a tool; a :class:`SetupError` ends it with the error's two lines and exit status 1.
 
-    So does what MMEngine's and MMDetection's classes raise when they are built from a config.
+    So does what MMEngine's and MMDetection's classes raise when they are built from a config, and what is raised up to the
+    first epoch's end where ``--cfg-options`` took something out of the config or put another kind of thing in its place.
     """
     try:
         main()
     except Exception as error:
         # A process that loads data sends the text of its traceback, which ends with the error
         lines = str(error) if isinstance(error, SetupError) else ''.join(re.findall(r'SetupError: (.+\n.+)\s*$', str(error)))
-        lines = lines or '\n'.join(_build_error(error))
+        lines = lines or '\n'.join(_config_error(error))
         if not lines:
             raise
         sys.exit(lines)
 
 
-def _build_error(error: Exception) -> Sequence[str]:
-    """What is wrong with a config and what to do, if OpenMMLab's code refuses to build something of it."""
+def _config_error(error: Exception) -> Sequence[str]:
+    """What is wrong with a config and what to do, if OpenMMLab's code refuses to build something of it or cannot use it."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    builds = [frame for frame in frames if frame.f_code.co_name in ('build_from_cfg', *BUILDERS)]
-    if not builds:
-        return ()
-    message = ' '.join(str(error.args[0] if error.args else '').split())
-    name = BUILDERS.get(builds[-1].f_code.co_name, builds[-1].f_locals.get('obj_type'))
-    if name == 'Runner':
-        message = message.partition(', but got ')[0]  # whole parts of the config
-    name = getattr(name, '__name__', name) or 'part without a type'
-    call = re.search(r"\) got an unexpected keyword argument '(\w+)'", message)
-    if isinstance(error, TypeError) and call:
-        return (f'The config has a {name}, or something made of it, with {call[1]}=..., which that does not take',
-                'Take it out; if it is left of what a base config has in the same place, add _delete_=True to the dict')
     raised_in = frames[-1].f_globals.get('__name__', '')
-    if not raised_in.startswith(('mmengine', 'mmcv', 'mmdet', 'mmpretrain', 'torch.utils.data')):
-        return ()
-    if isinstance(error, KeyError) and 'is not in the' in message:
-        registry = builds[-1].f_locals['registry']
-        known = {key for node in (registry, registry.parent) if node is not None for key in node.module_dict}
-        close = difflib.get_close_matches(str(name).rpartition('.')[2], sorted(known))
-        return (f'The config has a {name}, which is not registered among the {registry.name}s of {registry.scope}',
-                f'The closest ones are {", ".join(close)}. ' * bool(close)
-                + 'A class of your own is registered by custom_imports')
-    line = traceback.extract_tb(error.__traceback__)[-1].line
-    return f'The {name} of the config cannot be built: {message or line}', 'Correct it in the config, or what it reads'
+    message = ' '.join(str(error.args[0] if len(error.args) == 1 else error).split())
+    message = message or traceback.extract_tb(error.__traceback__)[-1].line
+    options = _doubtful_options(frames[1].f_locals) if len(frames) > 1 else ''
+    builds = [frame for frame in frames if frame.f_code.co_name in ('build_from_cfg', *BUILDERS)]
+    if builds:
+        name = BUILDERS.get(builds[-1].f_code.co_name, builds[-1].f_locals.get('obj_type'))
+        if name == 'Runner':
+            message = message.partition(', but got ')[0]  # whole parts of the config
+        name = getattr(name, '__name__', name) or 'part without a type'
+        call = re.search(r"\) got an unexpected keyword argument '(\w+)'", message)
+        if isinstance(error, TypeError) and call:
+            return (f'The config has a {name}, or something made of it, with {call[1]}=..., which that does not take',
+                    'Take it out; if it is left of what a base config has in the same place, add _delete_=True to the dict')
+        if isinstance(error, KeyError) and 'is not in the' in message and raised_in.startswith(OPENMMLAB):
+            registry = builds[-1].f_locals['registry']
+            known = {key for node in (registry, registry.parent) if node is not None for key in node.module_dict}
+            close = difflib.get_close_matches(str(name).rpartition('.')[2], sorted(known))
+            return (f'The config has a {name}, which is not registered among the {registry.name}s of {registry.scope}',
+                    f'The closest ones are {", ".join(close)}. ' * bool(close)
+                    + 'A class of your own is registered by custom_imports')
+        if raised_in.startswith((*OPENMMLAB, 'torch.utils.data')):
+            return (f'The {name} of the config cannot be built: {message}',
+                    options or 'Correct it in the config, or what it reads')
+    if options and raised_in.startswith(USED_BY_TOOLS) and not isinstance(error, NOT_OF_OPTIONS):
+        return f'{type(error).__name__} in {raised_in}: {message:.300}', options
+    return ()
+
+
+def _doubtful_options(main: Dict[str, Any]) -> str:
+    """What ``--cfg-options`` change of a config into another kind, as a remedy; empty if nothing, or if it served an epoch.
+
+    Args:
+        main: Local variables of a tool's ``main``.
+    """
+    args, runner = main.get('args'), main.get('runner')
+    if not getattr(args, 'cfg_options', None) or not hasattr(args, 'config') or (
+            runner is not None and runner.message_hub.get_info('epoch', 0)):  # runner.epoch would build data sets
+        return ''
+    changes = other_kinds(_read(find_config(args.config)), args.cfg_options)
+    found = [f'{option} where the config has {old}' for option, old in changes
+             if runner is None or '.' in option.partition('=')[0]]  # MMEngine's Runner has looked at the others
+    return f'--cfg-options set {", and ".join(found)}: leave that out, or change what needs it too' if found else ''
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -98,12 +122,19 @@ def config_of(args: argparse.Namespace) -> Config:
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = load_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
-    chosen = [cfg[name] for name in cfg.get('choices', ())]
+    chosen = [cfg[name] for name in cfg.get('choices') or ()]
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or osp.join('work_dirs', Path(cfg.filename).stem, *chosen)
     return cfg
 
 
-def build_runner(cfg: Config) -> Runner:
+def build_runner(cfg: Config, split: str = 'train') -> Runner:
+    """The runner of a config, to train or to ``test``.
+
+    Raises:
+        SetupError: If the config has nothing to do that with.
+    """
+    if cfg.get(f'{split}_dataloader') is None:
+        raise SetupError(f'The config has no {split}_dataloader', f'Give it one, with {split}_cfg and all that goes with it')
     if cfg.launcher == 'pytorch' and get_device() == 'cpu':  # for which MMEngine would ask for a GPU
         torch.distributed.init_process_group('gloo')
         cfg.model_wrapper_cfg = dict(cfg.get('model_wrapper_cfg') or dict(broadcast_buffers=False), device_ids=None)
@@ -162,7 +193,8 @@ def load_config(path: str, options: Optional[Dict[str, Any]] = None) -> Config:
             raise SetupError(f'{path} has no data_root to override', 'Override the paths of its dataloaders instead')
         new = osp.join(options.pop('data_root'), '')
         cfg = Config(replace_prefix(cfg.to_dict(), cfg.data_root, new), filename=cfg.filename)
-    for option, choices in cfg.get('choices', {}).items():
+    offered = cfg.get('choices')
+    for option, choices in (offered if isinstance(offered, dict) else {}).items():
         if option in options:
             cfg.merge_from_dict(choices[_known_choice(option, str(options[option]), choices)])
             cfg.pop('work_dir', None)  # of what was chosen before, in a config that a training wrote

@@ -4,7 +4,7 @@ import ast
 import copy
 import difflib
 import inspect
-from typing import Any, Dict, Sequence
+from typing import Any, Dict, Iterator, Sequence, Tuple
 
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
@@ -14,7 +14,9 @@ from .config_tree import dicts, is_pretrained
 
 READ_BY_OTHERS = {'auto_scale_lr', 'tta_model', 'tta_pipeline', 'runner_type', 'strategy'}
 """Options of a config that MMEngine's Runner does not take itself."""
-DICTS = 'model', 'default_hooks', 'optim_wrapper', 'train_cfg', 'val_cfg', 'test_cfg', 'env_cfg', 'randomness'
+DICTS = ('model', 'default_hooks', 'optim_wrapper', 'train_cfg', 'val_cfg', 'test_cfg', 'env_cfg', 'randomness',
+         'auto_scale_lr', 'choices')
+KINDS = dict, (list, tuple, str), bool, (int, float)
 DICT, LIST, DICT_OR_LIST = 'dict(...)', '[dict(...), ...]', 'dict(...) or [dict(...), ...]'
 
 
@@ -125,6 +127,9 @@ def check_kinds(cfg: Config) -> None:
     for key, node in dicts(cfg.get('model'), 'model'):
         if is_pretrained(node) and not isinstance(node.get('checkpoint'), str):
             raise SetupError(f'{key} of the config has no checkpoint', f'Give it one, {key}.checkpoint=FILE, or take it out')
+    if not isinstance(cfg.get('resume'), (bool, int, type(None))):
+        raise SetupError(f'The config has resume={cfg.resume!r:.100}, where True or False belongs',
+                         'Write resume=True load_from=CHECKPOINT, or --resume CHECKPOINT for tools/train.py')
     for key in ('load_from', 'data_root'):
         if not isinstance(cfg.get(key), (str, type(None))):
             raise SetupError(f'The config has {key}={cfg.get(key)!r:.100}, which is no path', 'Give it as a text')
@@ -138,6 +143,18 @@ def _check_kind(key: str, value: Any, form: str = DICT) -> None:
         meant = f'dict(type={value!r})' if isinstance(value, str) and value.isidentifier() else DICT
         raise SetupError(f'The config has {key}={value!r:.100}, where {form} belongs',
                          f'Write {key}={form.replace(DICT, meant)}')
+
+
+def other_kinds(cfg: Config, options: Dict[str, Any]) -> Iterator[Tuple[str, str]]:
+    """Options that set None where a config has something, or something of another kind; and what it has."""
+    for key, value in options.items():
+        old = _get(cfg, key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            yield from other_kinds(cfg, {f'{key}.{name}': part for name, part in value.items() if name != '_delete_'})
+            continue
+        types = next((types for types in KINDS if isinstance(old, types)), object)
+        if not isinstance(value, types):
+            yield f'{key}={value!r:.100}', 'a dict' if isinstance(old, dict) else f'{old!r:.100}'
 
 
 def _whole(cfg: Config, key: str, value: Any) -> Any:

@@ -8,11 +8,15 @@ import shutil
 import socket
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from mmengine.config import Config
+from mmengine.logging import MessageHub
 from mmengine.model import PretrainedInit
 from mmengine.registry import MODELS
+from torch.nn import Linear
 
 from liera_mm.core.errors import SetupError
 from liera_mm.engine import cli
@@ -287,6 +291,30 @@ class Refuses:
 def test_tracebacks_of_other_code_are_seen(fails):
     with pytest.raises((ValueError, ZeroDivisionError)):
         cli.exit_clearly(fails)
+
+
+@pytest.mark.parametrize('option, epoch, fails, ends', [
+    ('model.neck', 0, lambda: Linear(2, 2)(torch.ones(3)), SystemExit),
+    ('model.neck', 1, lambda: Linear(2, 2)(torch.ones(3)), RuntimeError),
+    ('model.neck', 0, lambda: Refuses(), ValueError),
+    ('model.init_cfg', 0, lambda: Linear(2, 2)(torch.ones(3)), RuntimeError),
+    ('param_scheduler', 0, lambda: Linear(2, 2)(torch.ones(3)), RuntimeError),
+], ids=['first epoch', 'second epoch', 'in code of the user', 'no part of the config', 'a part that the Runner built'])
+def test_options_that_explain_an_error(option, epoch, fails, ends):
+
+    def main():
+        args = argparse.Namespace(config=DIGITS, cfg_options={option: None})
+        runner = SimpleNamespace(message_hub=MessageHub('test'))
+        runner.message_hub.update_info('epoch', epoch)
+        assert args and runner
+        fails()
+
+    with pytest.raises(ends) as end:
+        cli.exit_clearly(main)
+    if ends is SystemExit:
+        problem, remedy = end.value.code.splitlines()
+        assert problem.startswith('RuntimeError in torch.nn.modules.linear: mat1 and mat2')
+        assert 'model.neck=None where the config has a dict' in remedy
 
 
 def test_what_openmmlab_refuses_to_build():

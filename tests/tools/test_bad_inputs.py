@@ -230,6 +230,12 @@ BAD_INPUTS = {
     'an option without a value': (lambda run: run.options.append('resume'), "'resume', which is no KEY=VALUE"),
     'half of validation turned off': (
         options(val_dataloader=None), 'val_dataloader, val_cfg, and val_evaluator should be either all None or not None'),
+    'a model without its train_cfg': (options(**{'model.train_cfg': None}), "'NoneType' object has no attribute 'get'"),
+    'a model without a backbone': (options(**{'model.backbone': None}), 'cannot be built: cfg should be a dict'),
+    'a text for a number': (options(**{'train_cfg.max_epochs': 'two'}), "invalid literal for int() with base 10: 'two'"),
+    'no training': (
+        options(train_dataloader=None, train_cfg=None, optim_wrapper=None, param_scheduler=None), 'has no train_dataloader'),
+    'resume with a path': (options(resume='epoch_1.pth'), "has resume='epoch_1.pth', where True or False belongs"),
     'a batch size of 0': (options(**{'train_dataloader.batch_size': 0}), 'got batch_size=0'),
     'liera that is a number': (options(**{'model.backbone.liera': 8}), '8 is no dict'),
     'hook without adapted layers': (
@@ -482,6 +488,22 @@ def test_ends_in_two_lines(name, start, trained, documented):
     assert documented[f'| {name} |'] == said
 
 
+@pytest.mark.parametrize('tool, option', [
+    *(('train', option) for option in (
+        'model.neck=None', 'model.data_preprocessor=None', 'model.rpn_head=None', 'model.roi_head.bbox_head=None',
+        'model.train_cfg.rcnn=None', 'train_dataloader.dataset.pipeline=None', 'train_dataloader.batch_size=None',
+        'optim_wrapper.optimizer=None', 'optim_wrapper.optimizer.lr=fast', 'randomness.seed=x', 'env_cfg=None',
+        'log_level=None', 'model.neck=FPN', 'choices=3', 'auto_scale_lr=3')),
+    *(('test', option) for option in (
+        'model.neck=None', 'model.data_preprocessor=None', 'model.test_cfg.rpn=None', 'test_dataloader.batch_size=None'))])
+def test_options_of_another_kind(tool, option, start, trained):
+    """What stock MMDetection ends with a traceback; the remedy names the option."""
+    run = start(both(*[evaluate()] * (tool == 'test'), lambda run: run.options.append(option)), trained)
+    problem, remedy = run.end.splitlines()
+    key, value = option.split('=')
+    assert key in remedy and value in problem + remedy
+
+
 def test_docs_have_no_other_rows(documented):
     assert {name.strip('| ') for name in documented} - {'what is wrong', '---'} == BAD_INPUTS.keys()
 
@@ -499,6 +521,17 @@ def test_corrupt_jpeg_in_a_process_that_loads_data(start, run_tool):
 def log_of(run):
     assert run.end is None and [*run.work_dir.glob('epoch_1.pth')]
     return next(run.work_dir.glob('*/*.log')).read_text()
+
+
+@pytest.mark.parametrize('options', [
+    ['val_dataloader=None', 'val_cfg=None', 'val_evaluator=None', 'param_scheduler=None', 'optim_wrapper.clip_grad=None',
+     'default_hooks.logger=None', 'default_hooks.timer=None', 'visualizer=None', 'custom_imports=None', 'resume=None',
+     'choices=None', 'auto_scale_lr=None', 'optim_wrapper.paramwise_cfg=None', 'train_dataloader.sampler=None'],
+    ['default_hooks=None', 'test_dataloader=None', 'test_cfg=None', 'test_evaluator=None', 'log_processor=None',
+     'model.roi_head.mask_head=None', 'val_evaluator.metric=bbox', 'model.train_cfg.rpn_proposal=None']])
+def test_what_stock_mmdetection_does_without(options, start):
+    run = start(lambda run: run.options.extend(options))
+    assert run.end is None and [*run.work_dir.glob('epoch_1.pth')]
 
 
 def test_rank_above_the_dimensions(start):
