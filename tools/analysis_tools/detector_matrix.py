@@ -189,7 +189,7 @@ def try_training(model: Dict[str, Any], scope: str, folder: Path, size: int) -> 
     ours = MODELS.build(edited(model))
     place, backbone = next((name, module) for name, module in ours.named_modules() if hasattr(module, 'liera')
                            and not invariants.frozen_by_design(ours, name))
-    backbone.init_weights()
+    ours.init_weights()  # some parts begin as uninitialised memory, such as DDQ's
     ours.train()
     total(losses(ours))
     yield
