@@ -216,9 +216,10 @@ def try_training(model: Dict[str, Any], scope: str, folder: Path, size: int) -> 
     before = {name: p.detach().clone() for name, p in ours.named_parameters() if name in mine}
     bases = {f'{place}.{name}.adapter.{factor}': f'{place}.{name}.weight' for name, layer in adapted_layers(backbone)
              for factor, _ in layer.adapter.named_parameters()}
-    # With that epsilon, any gradient but zero moves a number by the learning rate: that of offsets to within the image
+    # By signs, for with random weights gradients are up to 1e26, of which AdamW's squares overflow. The learning rate moves
+    # offsets to within the image
     groups = [dict(params=only(bases), lr=1e-3), dict(params=only(mine.union(others).difference(bases)), lr=1e-6)]
-    wrapper = OptimWrapper(torch.optim.AdamW(groups, weight_decay=0., eps=1e-20))
+    wrapper = OptimWrapper(torch.optim.Rprop(groups))
     watch = LossWatch(ours, wrapper)
     for each in (stock, ours):
         each.train()
