@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmdet.models import FPN
+from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
@@ -96,8 +98,7 @@ SABOTAGE = {  # column: what breaks it, and a part of what it then says
     'builds': (matrix, 'edited', with_other_parts_frozen, 'no_such_layer'),
     'trains': (liera_mm.core.adapted, 'intended_parameters', lambda model: {'conv1.weight'}, 'conv1.weight'),
     'start': (matrix, 'edited', with_other_strides, 'other features'),
-    'moves': (torch.optim, 'AdamW', lambda groups, **_: torch.optim.SGD([dict(group, lr=0.) for group in groups]),
-              'do not move'),
+    'moves': (torch.optim, 'Rprop', lambda groups: torch.optim.SGD([dict(group, lr=0.) for group in groups]), 'do not move'),
     'export': (liera_mm, 'export', without_delta, 'other features'),
     'file': (liera_mm, 'load_adapter', lambda model, path: model, 'other features'),
 }
@@ -114,6 +115,35 @@ def test_a_column_that_fails_is_the_last(column, tiny, tmp_path, monkeypatch):
         return
     assert list(row) == list(matrix.COLUMNS[:matrix.COLUMNS.index(column) + 1])
     assert said in row.pop(column) and set(row.values()) <= {'ok'}
+
+
+@pytest.mark.parametrize('weight', [1e-25, 1e25])
+def test_gradients_whose_squares_are_no_numbers(weight, tiny, tmp_path):
+    model = copy.deepcopy(tiny)
+    model.bbox_head.loss_cls.loss_weight = model.bbox_head.loss_bbox.loss_weight = weight
+    assert columns(model, tmp_path) == dict.fromkeys(matrix.COLUMNS, 'ok')
+
+
+@MODELS.register_module()
+class UninitialisedFPN(FPN):
+    """What it has before its ``init_weights`` is no number, as memory may be none."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.level = torch.nn.Parameter(torch.full((1, ), torch.nan))
+
+    def init_weights(self):
+        super().init_weights()
+        torch.nn.init.zeros_(self.level)
+
+    def forward(self, inputs):
+        return [out + self.level for out in super().forward(inputs)]
+
+
+def test_parts_that_begin_as_uninitialised_memory(tiny, tmp_path):
+    model = copy.deepcopy(tiny)
+    model.neck.type = UninitialisedFPN
+    assert columns(model, tmp_path) == dict.fromkeys(matrix.COLUMNS, 'ok')
 
 
 def test_a_process_that_ends_or_hangs_has_a_row():
