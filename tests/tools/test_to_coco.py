@@ -106,6 +106,26 @@ def test_yolo(run, folder, names, polygons):
     assert [category['name'] for category in content['categories']] == CLASSES
 
 
+@pytest.mark.parametrize(('name', 'text'), [
+    ('labels/classes.txt', '\ufeffdog\r\ncat'), ('labels/a.txt', '\ufeff0 .5 .5 1 1'),
+    ('data.yaml', '\ufeffnames: [dog, cat]'), ('data.yaml', "names: {'1': cat, '0': dog}"),
+    ('data.yaml', f'names: {({str(i): f"c{i:02}" for i in range(11)})}')], ids=range(5))
+def test_files_as_other_programs_write_them(run, folder, name, text):
+    """With a mark of their encoding in front, and numbers that are texts, of which '10' comes before '2'."""
+    write_yolo(folder, names='data.yaml' if name == 'data.yaml' else 'classes.txt')
+    (folder / name).write_text(text)
+    content, _ = run()
+    names = [category['name'] for category in content['categories']]
+    assert names == ([f'c{i:02}' for i in range(11)] if len(names) > 2 else CLASSES)
+    assert objects(content)['b/c.PNG'] == [(names[0], *EXPECTED['b/c.PNG'][0][1:])]
+
+
+def test_names_of_voc_are_stripped(run, folder):
+    write_voc(folder)
+    replace('labels/a.xml', 'dog', '\n  dog ')(folder)
+    assert objects(run()[0]) == EXPECTED
+
+
 def test_detections_of_yolo(run, folder):
     """Whose confidence is no part of an annotation."""
     write_yolo(folder)
@@ -191,6 +211,10 @@ def put(name, text):
     return lambda folder: (folder / name).write_text(text)
 
 
+def replace(name, old, new):
+    return lambda folder: (folder / name).write_text((folder / name).read_text().replace(old, new))
+
+
 @pytest.mark.parametrize(('kind', 'change', 'args', 'problem'), [
     (write_voc, put('labels/a.xml', '<annotation>'), {}, 'a.xml cannot be read as annotations of Pascal VOC: Syntax error'),
     (write_voc, put('labels/a.xml', '<annotation></annotation>'), {}, 'a.xml cannot be read as annotations of Pascal VOC'),
@@ -206,6 +230,18 @@ def put(name, text):
      'None of the 3 annotation files in .*labels has the name of an image in .*photos/b, such as a'),
     (write_yolo, remove('labels/classes.txt'), {}, 'YOLO numbers its classes, and there is no classes.txt or data.yaml'),
     (write_yolo, put('labels/classes.txt', 'dog'), {}, 'a.txt has an object of class 1, and the classes have 1 names: dog'),
+    (write_voc, replace('labels/b/c.xml', 'dog', ' '), {}, 'c.xml .*: an object has no name'),
+    (write_yolo, put('labels/classes.txt', 'dog\ncat\ndog'), {}, 'classes.txt has 1 names of classes that several share'),
+    (write_yolo, put('c.yaml', 'names: {1: dog, 2: cat}'), dict(classes='c.yaml'), 'c.yaml numbers its classes 1, 2'),
+    (write_yolo, put('c.yaml', 'names: {a: dog}'), dict(classes='c.yaml'), 'c.yaml numbers its classes a'),
+    (write_yolo, put('c.yaml', '[dog, cat]'), dict(classes='c.yaml'), 'c.yaml has no names of classes'),
+    (write_yolo, put('c.yaml', 'names: 2'), dict(classes='c.yaml'), 'c.yaml has no names of classes'),
+    (write_yolo, put('c.yaml', 'names: [dog'), dict(classes='c.yaml'), 'c.yaml cannot be read'),
+    (write_yolo, lambda folder: (folder / 'labels/classes.txt').write_bytes('dog'.encode('utf-16')), {},
+     'classes.txt cannot be read'),
+    (write_yolo, lambda folder: None, dict(classes='photos'), 'photos cannot be read'),
+    (write_yolo, lambda folder: (folder / 'labels/b/d.txt').unlink() or (folder / 'labels/b/d.txt').mkdir(), {},
+     'd.txt cannot be read as annotations'),
     (write_yolo, put('labels/a.txt', 'cat .5 .5 .5 .5'), {}, 'a.txt has an object of class cat'),
     (write_yolo, put('labels/a.txt', '0 .5 .5 .5'), {}, 'a.txt cannot be read as annotations of YOLO: Syntax error'),
     (write_yolo, put('labels/a.txt', '0 .5 .5 .5 half'), {}, 'a.txt cannot be read as annotations of YOLO'),

@@ -11,12 +11,12 @@ import random
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Set, Tuple
 
-from mmengine.fileio import load
+import yaml
 from PIL import Image, ImageOps
 
 from liera_mm.core.checkpoint import write_atomically
 from liera_mm.core.errors import SetupError
-from liera_mm.engine.annotations import check_images, check_lists, read_json
+from liera_mm.engine.annotations import check_images, check_lists, check_unique, read_json
 from liera_mm.engine.cli import exit_clearly
 from liera_mm.engine.datasets import listed
 
@@ -27,6 +27,7 @@ try:
 except ImportError:
     raise SystemExit('globox, which reads annotations, is not installed\npip install globox==2.9.0') from None
 
+ENCODING = 'utf-8-sig'  # UTF-8, with or without the mark that some programs put in front
 SUFFIXES = IMAGE_EXTENSIONS | {'.webp'}
 NAMES = ('classes.txt', 'obj.names', 'data.yaml', 'dataset.yaml')  # where YOLO's tools keep the names of the classes
 
@@ -66,20 +67,33 @@ def find_names(annotations: Path) -> Optional[Path]:
 
 def read_names(path: Path) -> List[str]:
     """The names of classes, of a file with one in each line or of YOLO's YAML."""
+    try:
+        text = path.read_text(ENCODING)
+        content = yaml.safe_load(text) if path.suffix in ('.yaml', '.yml') else None
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        raise SetupError(f'{path} cannot be read: {" ".join(str(error).split())}',
+                         'Give a text in UTF-8, with the name of a class in each line') from None
     if path.suffix not in ('.yaml', '.yml'):
-        names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        names = [line.strip() for line in text.splitlines() if line.strip()]
     else:
-        names = (load(str(path)) or {}).get('names') or []
-        names = [names[number] for number in sorted(names)] if isinstance(names, dict) else names
-    if not names:
+        names = content.get('names') if isinstance(content, dict) else None
+        if isinstance(names, dict):
+            by_number = {str(number): name for number, name in names.items()}
+            numbers = [str(number) for number in range(len(names))]
+            if by_number.keys() != set(numbers):
+                raise SetupError(f'{path} numbers its classes {listed(list(by_number))}', 'Number them 0, 1, 2, ...')
+            names = [by_number[number] for number in numbers]
+    if not names or not isinstance(names, list):
         raise SetupError(f'{path} has no names of classes', 'Write one in each line')
-    return [str(name) for name in names]
+    names = [str(name) for name in names]
+    check_unique(str(path), 'names of classes', names, 'Give each class a name of its own')
+    return names
 
 
 def read_yolo(path: Path, image_id: str, size: Tuple[int, int], names: List[str]) -> Annotation:
     """One of YOLO's files: a line for each object, with its box or its polygon, of which the box is taken."""
     boxes = []
-    for line in filter(str.strip, path.read_text().splitlines()):
+    for line in filter(str.strip, path.read_text(ENCODING).splitlines()):
         read = BoundingBox.from_yolo_seg if len(line.split()) > 6 else BoundingBox.from_yolo_v5
         box = read(line, image_size=size)
         if not box.label.isdecimal() or int(box.label) >= len(names):
@@ -87,6 +101,14 @@ def read_yolo(path: Path, image_id: str, size: Tuple[int, int], names: List[str]
                              f'{listed(names)}', 'Say with --classes which file names them, in the order of their numbers')
         boxes.append(BoundingBox.create(label=names[int(box.label)], coords=box.ltrb))
     return Annotation(image_id, size, boxes)
+
+
+def read_voc(path: Path) -> List[BoundingBox]:
+    """The boxes of one of Pascal VOC's files."""
+    boxes = [BoundingBox.create(label=box.label.strip(), coords=box.ltrb) for box in Annotation.from_pascal_voc(path).boxes]
+    if not all(box.label for box in boxes):
+        raise ValueError('an object has no name')
+    return boxes
 
 
 def annotation_files(folder: Path) -> Dict[str, Path]:
@@ -131,8 +153,8 @@ def convert(images: Path, annotations: Path, file_of_names: Optional[Path] = Non
             elif yolo:
                 parsed.append(read_yolo(file, image_id, size, names))
             else:
-                parsed.append(Annotation(image_id, size, Annotation.from_pascal_voc(file).boxes))
-        except (ParsingError, ValueError, AssertionError) as error:  # globox raises all of them
+                parsed.append(Annotation(image_id, size, read_voc(file)))
+        except (ParsingError, ValueError, AssertionError, OSError) as error:  # globox raises the first three
             raise SetupError(f'{file} cannot be read as annotations of {"YOLO" if yolo else "Pascal VOC"}: '
                              f'{error}', 'Correct it, or take it away') from None
     for what, ours, theirs in (('annotation files belong to no image', files, known),
