@@ -30,6 +30,7 @@ from .config_tree import dicts, is_pretrained, replace_prefix, type_name
 from .data import DataChecks
 from .data_files import check_coco
 from .datasets import classes_of, dataset_class, datasets_of, reads_coco, reads_voc
+from .files import file_error
 from .options import add_cfg_options, check_kinds, merge_options, other_kinds
 from .voc import check_voc
 
@@ -55,7 +56,7 @@ def exit_clearly(main: Callable[[], None]) -> None:
     except Exception as error:
         # A process that loads data sends the text of its traceback, which ends with the error
         lines = str(error) if isinstance(error, SetupError) else ''.join(re.findall(r'SetupError: (.+\n.+)\s*$', str(error)))
-        lines = lines or '\n'.join(_config_error(error))
+        lines = lines or '\n'.join(_config_error(error) or file_error(error))
         if not lines:
             raise
         sys.exit(lines)

@@ -1,5 +1,6 @@
 """What the tools check before they start: every problem ends in two lines, what is wrong and what to do."""
 import argparse
+import errno
 import functools
 import http.server
 import os
@@ -18,6 +19,7 @@ from mmengine.model import PretrainedInit
 from mmengine.registry import MODELS
 from torch.nn import Linear
 
+from liera_mm.core.checkpoint import write_atomically
 from liera_mm.core.errors import SetupError
 from liera_mm.engine import cli
 
@@ -315,6 +317,25 @@ def test_options_that_explain_an_error(option, epoch, fails, ends):
         problem, remedy = end.value.code.splitlines()
         assert problem.startswith('RuntimeError in torch.nn.modules.linear: mat1 and mat2')
         assert 'model.neck=None where the config has a dict' in remedy
+
+
+def disk_is_full():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(('fails', 'problem'), [
+    (lambda folder: (folder / 'file/x.json').write_text(''), '{}/file/x.json: Not a directory'),
+    (lambda folder: (folder / 'none/x.json').write_text(''), '{}/none/x.json: No such file or directory'),
+    (lambda folder: (folder / 'file').mkdir(), '{}/file: File exists'),
+    (lambda folder: write_atomically(folder, b''), '{}: Is a directory'),
+    (lambda folder: disk_is_full(), 'No space left on device'),
+], ids=range(5))
+def test_files_that_the_system_refuses(tmp_path, fails, problem):
+    (tmp_path / 'file').touch()
+    with pytest.raises(SystemExit) as end:
+        cli.exit_clearly(lambda: fails(tmp_path))
+    first, second = end.value.code.splitlines()
+    assert first == problem.format(tmp_path) and second
 
 
 def test_what_openmmlab_refuses_to_build():
