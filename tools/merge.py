@@ -13,6 +13,7 @@ from mmengine.runner import save_checkpoint
 import liera_mm
 from liera_mm.engine.checkpoint import load_trained
 from liera_mm.engine.cli import check_checkpoint, exit_clearly, load_config
+from liera_mm.engine.invariants import check_finite
 from liera_mm.engine.options import add_cfg_options
 from liera_mm.engine.plain import plain_config
 
@@ -32,6 +33,7 @@ def main() -> None:
     init_default_scope(cfg.get('default_scope') or 'mmdet')
     model = MODELS.build(copy.deepcopy(cfg.model))  # some detectors write into their config
     checkpoint = load_trained(model, args.checkpoint, args.config)
+    check_finite(model)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     meta = {key: value for key, value in checkpoint.get('meta', {}).items() if key not in ('cfg', 'liera')}
     content = dict(state_dict=liera_mm.export(model), meta=meta)

@@ -16,6 +16,7 @@ from liera_mm.engine.options import add_cfg_options
 from liera_mm.engine.predict import Predictor, coco_results, find_images, picture_names
 
 # isort: split
+import cv2
 import mmcv
 from mmengine.logging import MMLogger
 from rich.progress import track
@@ -44,6 +45,9 @@ def predict(predictor: Predictor, images: List[str], out: Path, score_thr: float
             found = predictor([dict(img_path=path)], return_vis=True, pred_score_thr=score_thr)
         except SetupError as error:
             problems.append(str(error).splitlines()[0])
+            continue
+        except cv2.error as error:
+            problems.append(f'{path} cannot be resized as the config says: {error.err or error}')
             continue
         prediction, picture = found['predictions'][0], found['visualization'][0]
         mmcv.imwrite(picture[..., ::-1], str(out / 'vis' / name))
@@ -74,6 +78,8 @@ def main() -> None:
     parser.add_argument('--device', help='as cpu or cuda:0; default: the best that there is')
     add_cfg_options(parser)
     args = parser.parse_args()
+    if not 0 <= args.score_thr <= 1:
+        parser.error(f'--score-thr must be between 0 and 1, not {args.score_thr:g}')
     images, adapters = find_images(args.images), named(args.adapter)
     outs = [args.out / name for name in adapters] if len(adapters) > 1 else [args.out]
     pictures = {(out / 'vis' / name).resolve() for out in outs for name in picture_names(images)}

@@ -23,6 +23,7 @@ from .checkpoint import adapted_backbones, load_adapter_file, load_trained
 from .datasets import datasets_of
 from .heads import wrong_heads
 from .images import CheckedLoading
+from .invariants import check_finite
 
 
 class Predictor(DetInferencer):
@@ -66,6 +67,7 @@ class Predictor(DetInferencer):
         for name, path in self.adapters.items():
             load_adapter_file(model, path, cfg.filename, name)
         model.cfg, model.dataset_meta = cfg, dataset_meta(model, cfg, weights, checkpoint)
+        check_finite(model)
         merge(model)
         return model.to(device).eval()
 

@@ -202,8 +202,9 @@ def test_images_that_cannot_be_read(refused, one, tmp_path):
     shutil.copy(one, tmp_path / 'some/b.jpg')
     (tmp_path / 'some/a.jpg').write_bytes(one.read_bytes()[:500])
     (tmp_path / 'some/c.jpg').write_bytes(b'')
+    mmcv.imwrite(np.zeros((3, 2000, 3), np.uint8), str(tmp_path / 'some/thin.png'))  # of height 0 once it is resized
     problem, remedy = refused('cats.pth', tmp_path / 'some')
-    assert problem == f'2 of 3 images were left out: {tmp_path}/some/a.jpg cannot be read as an image: failed to load image'
+    assert problem == f'3 of 4 images were left out: {tmp_path}/some/a.jpg cannot be read as an image: failed to load image'
     assert [path.name for path in (tmp_path / 'out/vis').iterdir()] == ['b.jpg']
     assert {result['image_id'] for result in json.loads((tmp_path / 'out/predictions.json').read_text())} == {2}
 
@@ -250,6 +251,24 @@ def test_adapter_of_other_settings(refused, files):
 
 def test_checkpoint_in_the_place_of_an_adapter(refused, files):
     assert 'is no adapter file' in refused('base.pth', None, '--adapter', files / 'cats.pth')[0]
+
+
+def test_weights_that_are_not_finite(call, refused, files, tmp_path):
+    checkpoint = torch.load(files / 'cats.pth', weights_only=False)
+    checkpoint['state_dict']['roi_head.bbox_head.fc_cls.bias'][0] = float('nan')
+    torch.save(checkpoint, tmp_path / 'nan.pth')
+    problem, _ = refused(tmp_path / 'nan.pth')
+    assert 'fc_cls.bias' in problem and 'not finite' in problem
+    with pytest.raises(SetupError, match='fc_cls.bias'):
+        call('merge', files / 'config.py', tmp_path / 'nan.pth', tmp_path / 'merged.pth')
+    assert not (tmp_path / 'merged.pth').exists()
+
+
+@pytest.mark.parametrize('score', ['30', '-.1', 'nan'])
+def test_scores_that_none_has(call, score, capsys):
+    with pytest.raises(SystemExit):
+        call('predict', 'config', 'checkpoint', 'image', f'--score-thr={score}')
+    assert '--score-thr must be between 0 and 1' in capsys.readouterr().err
 
 
 def test_two_adapters_of_one_name(refused, files):
