@@ -18,6 +18,7 @@ from liera_mm.core.extract import extract
 from liera_mm.core.text import table_lines
 from liera_mm.engine.checkpoint import leave_out_base, read_checkpoint
 from liera_mm.engine.cli import check_checkpoint, check_weights, exit_clearly, load_config
+from liera_mm.engine.files import check_out
 
 
 def main() -> None:
@@ -30,6 +31,7 @@ def main() -> None:
     if args.out.suffix not in ('.pth', '.safetensors'):
         parser.error(f'out must be a .pth or .safetensors file, not {args.out}')
     check_checkpoint(args.checkpoint)
+    check_out([args.out], args.checkpoint)
     cfg = load_config(args.config)
     check_weights(cfg)
     checkpoint = read_checkpoint(args.checkpoint, 'cpu')

@@ -13,6 +13,7 @@ from mmengine.runner import save_checkpoint
 import liera_mm
 from liera_mm.engine.checkpoint import load_trained
 from liera_mm.engine.cli import check_checkpoint, exit_clearly, load_config
+from liera_mm.engine.files import check_out
 from liera_mm.engine.invariants import check_finite
 from liera_mm.engine.options import add_cfg_options
 from liera_mm.engine.plain import plain_config
@@ -28,6 +29,7 @@ def main() -> None:
     if args.out.suffix != '.pth':
         parser.error(f'out must be a .pth file, not {args.out}')
     check_checkpoint(args.checkpoint)
+    check_out([args.out, args.out.with_suffix('.py')], args.config, args.checkpoint)
     cfg = load_config(args.config, args.cfg_options)
     plain = plain_config(cfg)
     init_default_scope(cfg.get('default_scope') or 'mmdet')

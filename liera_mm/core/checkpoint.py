@@ -49,9 +49,13 @@ def save_adapter(model: nn.Module, path: Union[str, os.PathLike], dtype: Optiona
             ``base_card()`` gives.
 
     Raises:
-        ValueError: If a tensor has values that are not finite, or not in ``dtype``, or a metric of the card has none.
+        ValueError: If a tensor has values that are not finite, or not in ``dtype``, a metric of the card has none, or
+            ``dtype`` is no precision that a model trains in.
         TypeError: If the card has another entry.
     """
+    precisions = torch.float16, torch.bfloat16, torch.float32, torch.float64
+    if dtype not in (None, *precisions):
+        raise ValueError(f'dtype must be {", ".join(map(str, precisions))} or None, not {dtype!r}')
     given = {**(model.base_card() if hasattr(model, 'base_card') else {}), **(card or {})}
     given['versions'] = {'liera_mm': __version__, 'torch': torch.__version__, **given.get('versions', {})}
     known = Card(**given)

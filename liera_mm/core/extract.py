@@ -50,7 +50,7 @@ def extract(model: nn.Module, weights: Dict[str, Tensor], steps: int = 200) -> L
         A :class:`Fit` for every adapted layer, and for every frozen tensor that differs and that nothing can bring nearer.
 
     Raises:
-        ValueError: If ``weights`` lacks a tensor, or has one of another shape.
+        ValueError: If ``weights`` lacks a tensor, or has one of another shape or with values that are not finite.
     """
     unmerge(model)
     ours = model.state_dict()
@@ -64,6 +64,8 @@ def extract(model: nn.Module, weights: Dict[str, Tensor], steps: int = 200) -> L
         if weights[name].squeeze().shape != tensor.squeeze().shape:  # Linear and 1x1 forms of one layer are the same
             raise ValueError(f'the shape of {name} is {tuple(weights[name].shape)} in the weights, {tuple(tensor.shape)} in '
                              'this model')
+        if not torch.isfinite(weights[name]).all():
+            raise ValueError(f'{name} has values that are not finite in the weights')
         theirs[name] = weights[name].to(tensor).reshape(tensor.shape)
     fits, fitted, frozen = [], set(), frozen_names(model)
     for name, layer in adapted_layers(model):

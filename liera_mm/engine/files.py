@@ -1,6 +1,10 @@
 """The files that a tool reads and writes: what keeps it from that, in two lines."""
 import errno
+import os.path as osp
+from pathlib import Path
 from typing import Sequence
+
+from ..core.errors import SetupError
 
 REFUSED = (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC,
            errno.EDQUOT, errno.ENAMETOOLONG)
@@ -13,3 +17,11 @@ def file_error(error: Exception) -> Sequence[str]:
     path = error.filename2 or error.filename
     return (f'{path}: {error.strerror}' if path else error.strerror,
             'Give a path that is there, or can be written, with room on its disk')
+
+
+def check_out(outs: Sequence[Path], *inputs: str) -> None:
+    """Raise a SetupError if a file that a tool would write is one that it reads."""
+    read = {osp.realpath(path) for path in inputs}
+    overwritten = [path for path in outs if osp.realpath(path) in read]
+    if overwritten:
+        raise SetupError(f'{overwritten[0]} is read, and would be overwritten', 'Give another name as OUT')

@@ -132,6 +132,13 @@ def test_what_is_not_finite_is_not_saved(model, tmp_path, value, dtype):
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.parametrize('dtype', [torch.int8, torch.complex64, torch.float8_e4m3fn, 'float16'], ids=str)
+def test_no_precision_of_an_adapter(model, tmp_path, dtype):
+    with pytest.raises(ValueError, match=f'dtype must be torch.float16, .*, not {dtype!r}'):
+        save_adapter(model, tmp_path / 'adapter', dtype)
+    assert not [*tmp_path.iterdir()]
+
+
 # Loading
 
 

@@ -131,9 +131,11 @@ def test_linear_weights_for_a_1x1_convolution():
 @pytest.mark.parametrize(('change', 'message'), [
     (lambda weights: weights.pop('head.weight'), 'the weights lack head.weight'),
     (lambda weights: weights.update({'head.weight': torch.ones(2, 5)}), r'shape of head.weight is \(2, 5\).* \(2, 4\)'),
-], ids=['missing', 'shape'])
+    (lambda weights: weights['head.weight'].fill_(torch.nan), 'head.weight has values that are not finite in the weights'),
+    (lambda weights: weights['stem.1.running_var'].fill_(torch.inf), 'stem.1.running_var has values that are not finite'),
+], ids=['missing', 'shape', 'nan', 'infinite statistics'])
 def test_weights_of_another_model(net, change, message):
-    weights = net.state_dict()
+    weights = copy.deepcopy(net.state_dict())
     change(weights)
     with pytest.raises(ValueError, match=message):
         extract(adapt(net), weights)

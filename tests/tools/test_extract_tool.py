@@ -63,6 +63,13 @@ def test_a_merged_detector_is_found_again(monkeypatch, capsys, merged, tmp_path,
         assert missed <= .01 * torch.linalg.vector_norm(expected[name].double()), name
 
 
+def test_the_checkpoint_is_not_overwritten(monkeypatch, merged):
+    before = merged.read_bytes()
+    with pytest.raises(SetupError, match='plain.pth is read, and would be overwritten'):
+        extract(monkeypatch, CONFIG, merged, merged, '--steps', 1)
+    assert merged.read_bytes() == before
+
+
 @pytest.mark.parametrize(('change', 'message'), [
     (lambda state: state.pop('backbone.stages.0.0.norm.weight'), 'the weights lack stages.0.0.norm.weight'),
     (lambda state: state.pop('rpn_head.rpn_cls.weight'), 'missing keys in source state_dict: rpn_head.rpn_cls.weight'),

@@ -1,5 +1,6 @@
 """tools/merge.py: its output gives the adapted detector's predictions in MMDetection without this package."""
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
@@ -174,6 +175,8 @@ def test_configs_that_the_detector_changes(monkeypatch, tmp_path, name):
         detector = MODELS.build(Config.fromfile(config).model)
         if name == 'ddq':
             detector.decoder.aux_reg_branches = detector.bbox_head.aux_reg_branches  # as its forward pass does
+        for parameter in detector.parameters():
+            parameter.data.nan_to_num_()  # some are what was in memory, until init_weights()
         torch.save(dict(state_dict=detector.state_dict()), checkpoint)
         merge(monkeypatch, config, checkpoint, tmp_path / 'plain.pth')
         cfg = Config.fromfile(tmp_path / 'plain.py')
@@ -255,6 +258,16 @@ def test_not_a_checkpoint(monkeypatch, detectors, tmp_path, content):
     (tmp_path / 'bad.pth').write_bytes(content)
     problem, _ = refused(monkeypatch, detectors['taylor'][0], tmp_path / 'bad.pth', tmp_path / 'out.pth')
     assert str(tmp_path / 'bad.pth') in problem
+
+
+@pytest.mark.parametrize('name', ['taylor.pth', 'config.pth'])
+def test_nothing_that_is_read_is_overwritten(monkeypatch, detectors, tmp_path, name):
+    config, checkpoint = (shutil.copy(path, tmp_path / new) for path, new in
+                          zip(detectors['taylor'], ('config.py', 'taylor.pth')))
+    before = config.read_bytes(), checkpoint.read_bytes()
+    with pytest.raises(SetupError, match='is read, and would be overwritten'):
+        merge(monkeypatch, config, checkpoint, tmp_path / '..' / tmp_path.name / name)
+    assert (config.read_bytes(), checkpoint.read_bytes()) == before and len([*tmp_path.iterdir()]) == 2
 
 
 def test_output_must_be_a_pth_file(monkeypatch, capsys, detectors, tmp_path):
