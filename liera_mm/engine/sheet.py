@@ -131,10 +131,10 @@ def draw_annotations(images: Sequence[Dict[str, Any]], paths: Sequence[str], ann
 def _mask(entry: Dict[str, Any], info: Dict[str, Any], size: Sequence[int]) -> np.ndarray:
     """The mask of an annotation (h, w) at another size of its image, (w, h); without any pixel if it has none."""
     segmentation = entry.get('segmentation')
-    if not segmentation:
-        return np.zeros(size[::-1], np.uint8)
     if isinstance(segmentation, list):
-        segmentation = [polygon for polygon in segmentation if len(polygon) >= 6]
+        segmentation = [polygon for polygon in segmentation if isinstance(polygon, list) and len(polygon) >= 6]
+    if not segmentation or isinstance(segmentation, str):
+        return np.zeros(size[::-1], np.uint8)
     if isinstance(segmentation, list) or isinstance(segmentation['counts'], list):
         segmentation = rle.frPyObjects(segmentation, info['height'], info['width'])
     if isinstance(segmentation, list):

@@ -326,6 +326,9 @@ BAD_INPUTS = {
     'no iscrowd to validate with': (first('annotations', 'iscrowd', split='val'), 'have no iscrowd'),
     'no masks': (each('annotations', segmentation=None), 'have no segmentation'),
     'one mask missing': (first('annotations', 'segmentation', []), '1 of'),
+    'one mask as a flat list': (first('annotations', 'segmentation', [1, 2, 30, 2, 30, 40]), '1 of'),
+    'one mask as a text': (first('annotations', 'segmentation', '1 2 30 2 30 40'), '1 of'),
+    'one mask of run lengths without a size': (first('annotations', 'segmentation', dict(counts=[3, 4])), '1 of'),
     'masks of two points': (each('annotations', segmentation=[[1, 2, 3, 4]]), 'without a mask that can be used'),
     'no masks to validate with': (
         both(each('annotations', 'val', segmentation=None), options(**{

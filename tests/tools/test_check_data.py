@@ -173,6 +173,12 @@ def test_what_is_odd(check, data, name):
     assert found.keys() == {'train'} and any(line.startswith(sentence) for line in found['train']), found
 
 
+@pytest.mark.parametrize('segmentation', [[[1, 2, 3, 4]], [1, 2, 30, 2, 30, 40], '1 2 30 2 30 40'], ids=str)
+def test_boxes_whose_masks_cannot_be_drawn(check, data, segmentation):
+    data[1]['train']['annotations'][3].update(segmentation=segmentation)
+    assert not odd(check('--images', '24')) and (data[0] / 'out/train.jpg').exists()
+
+
 def test_images_that_are_there_twice(check, data):
     """In a split, and in two; whatever their names and formats, which differ in bytes."""
     folder, contents = data
