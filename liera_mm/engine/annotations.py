@@ -238,7 +238,8 @@ def segments(path: str, annotations: Sequence[Dict[str, Any]]) -> List[Dict[str,
 def check_masks(path: str, entries: Sequence[Dict[str, Any]]) -> None:
     """Raise a SetupError if one of these annotations has no segmentation at all, or one that is neither of its two kinds."""
     lacking = [a for a in entries if not (mask := a.get('segmentation')) or not (
-        {'counts', 'size'} <= mask.keys() if isinstance(mask, dict) else {type(part) for part in mask} == {list})]
+        {'counts', 'size'} <= mask.keys() if isinstance(mask, dict) else
+        isinstance(mask, list) and {type(part) for part in mask} == {list})]
     if lacking:
         raise SetupError(
             f'{len(lacking)} of {len(entries)} annotations of {path} have no segmentation that can be read, and the config '

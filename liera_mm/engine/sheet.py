@@ -133,7 +133,7 @@ def _mask(entry: Dict[str, Any], info: Dict[str, Any], size: Sequence[int]) -> n
     segmentation = entry.get('segmentation')
     if isinstance(segmentation, list):
         segmentation = [polygon for polygon in segmentation if isinstance(polygon, list) and len(polygon) >= 6]
-    if not segmentation or isinstance(segmentation, str):
+    if not segmentation or not isinstance(segmentation, (list, dict)):
         return np.zeros(size[::-1], np.uint8)
     if isinstance(segmentation, list) or isinstance(segmentation['counts'], list):
         segmentation = rle.frPyObjects(segmentation, info['height'], info['width'])

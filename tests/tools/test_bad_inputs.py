@@ -328,6 +328,7 @@ BAD_INPUTS = {
     'one mask missing': (first('annotations', 'segmentation', []), '1 of'),
     'one mask as a flat list': (first('annotations', 'segmentation', [1, 2, 30, 2, 30, 40]), '1 of'),
     'one mask as a text': (first('annotations', 'segmentation', '1 2 30 2 30 40'), '1 of'),
+    'one mask as a number': (first('annotations', 'segmentation', 7), '1 of'),
     'one mask of run lengths without a size': (first('annotations', 'segmentation', dict(counts=[3, 4])), '1 of'),
     'masks of two points': (each('annotations', segmentation=[[1, 2, 3, 4]]), 'without a mask that can be used'),
     'no masks to validate with': (
