@@ -1,11 +1,16 @@
 """Fused operators: autograd functions over Triton kernels on CUDA, and over the same operators in plain torch elsewhere."""
-import importlib.util
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-HAS_TRITON = importlib.util.find_spec('triton') is not None
+try:
+    import triton
+except ImportError:
+    triton = None
+
+# Before 3.3, which comes with torch 2.7, its compiler knows no tuples of tensors (tests/core/kernels/test_compilation.py)
+HAS_TRITON = triton is not None and tuple(map(int, triton.__version__.split('.')[:2])) >= (3, 3)
 
 
 def ops_for(*tensors: Tensor) -> ModuleType:
