@@ -16,7 +16,7 @@ import liera_mm
 from liera_mm.core.errors import SetupError
 from liera_mm.core.extract import extract
 from liera_mm.core.text import table_lines
-from liera_mm.engine.checkpoint import leave_out_base, read_checkpoint
+from liera_mm.engine.checkpoint import leave_out_base, named_as_in, read_checkpoint
 from liera_mm.engine.cli import check_checkpoint, check_weights, exit_clearly, load_config
 from liera_mm.engine.files import check_out
 
@@ -41,7 +41,7 @@ def main() -> None:
     model.init_weights()
     if not hasattr(model.backbone, 'liera'):
         raise SetupError(f'{args.config} has no adapted backbone', 'Give its backbone a liera=dict(...)')
-    state = checkpoint.get('state_dict', checkpoint)
+    state = named_as_in(model, checkpoint.get('state_dict', checkpoint))
     weights = {key[len('backbone.'):]: tensor for key, tensor in state.items() if key.startswith('backbone.')}
     try:
         fits = extract(model.backbone, weights, args.steps)

@@ -16,7 +16,7 @@ from .adapt import BEFORE
 from .adapters import adapter_state_dict, frozen_names, start_adapter
 from .card import FRONT, Card, markdown
 from .text import some
-from .wrappers import through_wrappers
+from .wrappers import plain_names, through_wrappers
 
 FORMAT = 'liera_mm-adapter-2'
 FORMAT_1 = 'liera_mm-adapter-1'  # without checksum and version
@@ -118,6 +118,7 @@ def load_adapter(model: nn.Module,
     """
     expected = adapter_state_dict(model)
     tensors = dict(source) if isinstance(source, Mapping) else _read(model, source)
+    tensors = plain_names(tensors, expected)
     missing, unexpected = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
     if missing or unexpected:
         raise ValueError(f'the adapter does not fit the model: missing {some(missing)}; unexpected {some(unexpected)}')

@@ -11,7 +11,7 @@ from .adapters import frozen_names
 from .group import INVERSES, MULTIPLICATIVE
 from .layers import AdaptedLayer
 from .merging import unmerge
-from .wrappers import through_wrappers
+from .wrappers import plain_names, through_wrappers
 
 
 class Fit(NamedTuple):
@@ -54,7 +54,7 @@ def extract(model: nn.Module, weights: Dict[str, Tensor], steps: int = 200) -> L
     """
     unmerge(model)
     ours = model.state_dict()
-    theirs = {}
+    theirs, weights = {}, plain_names(weights, ours)
     adapters = adapter_names(model)
     for name, tensor in ours.items():
         if name in adapters:

@@ -6,10 +6,11 @@ which all processes have to call the function; those functions that would write 
 """
 import contextlib
 import functools
-from typing import Any, Callable, Iterator, Optional
+import re
+from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, Optional
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import SetupError
 
@@ -58,6 +59,20 @@ def through_wrappers(function: Callable[..., Any], does: str = 'writes') -> Call
         return model if result is bare else result
 
     return call
+
+
+def plain_names(state: Mapping[str, Tensor], known: Iterable[str]) -> Dict[str, Tensor]:
+    """A state dict with the names that a model knows, where it has others only because one of the models was wrapped.
+
+    Such as ``backbone._orig_mod.conv1.weight``, of a part that was compiled, for ``backbone.conv1.weight``.
+    """
+    known = {_plain_name(name): name for name in known} | {name: name for name in known}
+    named = {known.get(name, known.get(_plain_name(name), name)): tensor for name, tensor in state.items()}
+    return named if len(named) == len(state) else dict(state)
+
+
+def _plain_name(name: str) -> str:
+    return re.sub(r'(?<![^.])(_orig_mod|_checkpoint_wrapped_module)\.', '', name).removeprefix('module.')
 
 
 def _refuse_fixed(model: nn.Module) -> None:

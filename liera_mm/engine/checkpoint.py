@@ -12,7 +12,7 @@ import re
 import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import IO, Any, Container, Dict, Iterable, List, Optional, Union
+from typing import IO, Any, Container, Dict, Iterable, List, Mapping, Optional, Union
 from urllib.parse import urlparse
 
 import numpy as np
@@ -35,8 +35,9 @@ from torch import nn
 
 from ..core.checkpoint import digest, load_adapter, write_atomically
 from ..core.errors import SetupError
+from ..core.wrappers import plain_names
 from ..models.pretrained import RECORD, encode_record, pretrained_backbones
-from ..models.weight_files import load_from_safetensors
+from ..models.weight_files import load_from_safetensors, without_compile
 
 TRUST = 'LIERA_MM_TRUST_CHECKPOINTS'
 
@@ -72,7 +73,7 @@ def read_checkpoint(file: Union[str, os.PathLike, IO[bytes]], map_location=None)
         if hasattr(file, 'seek'):
             file.seek(0)
         with contextlib.nullcontext() if trusted else _safe_globals():
-            return torch.load(file, map_location=map_location, weights_only=not trusted)
+            return without_compile(torch.load(file, map_location=map_location, weights_only=not trusted))
     except FileNotFoundError:
         raise
     except Exception as error:  # damaged pickles fail in every way there is
@@ -107,8 +108,7 @@ def load_trained(model: nn.Module, path: Union[str, os.PathLike], config: str,
         SetupError: If it is damaged, or was trained with another config or on other frozen weights.
     """
     checkpoint = read_checkpoint(path, 'cpu')
-    state = {re.sub('^module\\.', '', key): value for key, value in checkpoint.get('state_dict', checkpoint).items()}
-    ours = model.state_dict()
+    state, ours = named_as_in(model, checkpoint.get('state_dict', checkpoint)), model.state_dict()
     state = {**{name: ours[name] for name in may_lack}, **state}
     try:
         load_state_dict(model, _without_doubles(state, ours.keys()), strict=True)
@@ -119,6 +119,11 @@ def load_trained(model: nn.Module, path: Union[str, os.PathLike], config: str,
         raise SetupError(f'{path} was not trained with {config}: {str(error).splitlines()[-1]:.300}',
                          'Use the config in the work dir of that checkpoint') from None
     return checkpoint
+
+
+def named_as_in(model: nn.Module, state: Mapping[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """The state dict of a checkpoint with the names that a model knows (:func:`plain_names`), records included."""
+    return plain_names(state, [*model.state_dict(), *(f'{name}.{RECORD}' for name, _ in pretrained_backbones(model))])
 
 
 def adapted_backbones(model: nn.Module) -> Dict[str, nn.Module]:

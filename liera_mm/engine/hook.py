@@ -1,5 +1,4 @@
 """The life cycle of an adapted model under MMEngine's Runner."""
-import re
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
@@ -22,7 +21,7 @@ from ..core.wrappers import in_shards
 from ..models.pretrained import RECORD, decode_record, pretrained_backbones
 from . import invariants
 from .adapter_file import AdapterFile
-from .checkpoint import CheckpointWithoutBase, random_state, set_random_state
+from .checkpoint import CheckpointWithoutBase, named_as_in, random_state, set_random_state
 from .data import DataChecks
 from .delta_picture import add_delta_picture
 from .param_groups import MergedGroups
@@ -165,7 +164,11 @@ class LieRAHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         model = _unwrap(runner.model)
-        theirs = {re.sub('^module\\.', '', key): value for key, value in checkpoint.get('state_dict', checkpoint).items()}
+        state = checkpoint.get('state_dict', checkpoint)
+        wrapped = any(key.startswith('module.') for key in state)
+        theirs = named_as_in(model, state)
+        state.clear()
+        state.update(theirs)
         fetched = set()
         for name, backbone in pretrained_backbones(model):
             if f'{name}.{RECORD}' in theirs:
@@ -174,7 +177,7 @@ class LieRAHook(Hook):
                 fetched.update(f'{name}.{key}' for key in record['fingerprint'])
         starts_training = isinstance(runner._train_loop, BaseLoop) and not runner._resume
         if starts_training:
-            self._remember_source(runner, checkpoint, theirs.keys(), fetched)
+            self._remember_source(runner, 'module.' * wrapped, theirs.keys(), fetched)
             return  # load_from may give a part of the model; before_train checks what must be there
         self.random_states = checkpoint.get('random_states')
         ours = model.state_dict()
@@ -223,15 +226,14 @@ class LieRAHook(Hook):
                              'Take EMAHook out of custom_hooks, or train without shards: --cfg-options runner_type=Runner')
         strategy.shard()
 
-    def _remember_source(self, runner: Runner, checkpoint: dict, names: Set[str], fetched: Set[str]) -> None:
+    def _remember_source(self, runner: Runner, start: str, names: Set[str], fetched: Set[str]) -> None:
         """Note which frozen weights come from ``load_from``; from the work dir they could be overwritten any time."""
         if Path(runner._load_from).absolute().parent == Path(runner.work_dir).absolute():
             return
-        wrapped = any(key.startswith('module.') for key in checkpoint.get('state_dict', checkpoint))
         for name, _ in pretrained_backbones(_unwrap(runner.model)):
             given = {key[len(name) + 1:] for key in names if key.startswith(f'{name}.')}
             if given and not any(key.startswith(f'{name}.') for key in fetched):
-                source = dict(option='load_from', checkpoint=runner._load_from, prefix='module.' * wrapped + f'{name}.')
+                source = dict(option='load_from', checkpoint=runner._load_from, prefix=f'{start}{name}.')
                 self.loaded_from[name] = (source, given)
 
 

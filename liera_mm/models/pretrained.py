@@ -18,6 +18,7 @@ from ..core.errors import SetupError
 from ..core.merging import unmerge
 from ..core.targets import is_norm, layer_kind
 from ..core.text import some
+from ..core.wrappers import plain_names
 from ..version import __version__
 from .weight_files import check_prefix, convnext_names
 
@@ -171,6 +172,9 @@ class PretrainedBackbone:
         return self
 
     def _load_from_state_dict(self, state_dict: Dict[str, Tensor], prefix: str, *args, **kwargs) -> None:
+        own = {name: state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
+        own = plain_names(own, (prefix + name for name in (RECORD, *self.state_dict())))
+        state_dict.update(own)
         if prefix + RECORD in state_dict:
             record = decode_record(state_dict.pop(prefix + RECORD))
             self.check_settings(record)

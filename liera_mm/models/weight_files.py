@@ -3,7 +3,7 @@ import difflib
 import os
 import re
 from importlib import resources
-from typing import Dict
+from typing import Any, Dict
 from urllib.parse import urlparse
 
 import torch
@@ -17,7 +17,16 @@ from ..core.errors import SetupError
 @CheckpointLoader.register_scheme(prefixes=r'.*\.safetensors$')
 def load_from_safetensors(filename: str, map_location=None) -> Dict[str, Tensor]:
     """Load a local safetensors file wherever MMEngine takes a checkpoint."""
-    return load_file(filename, device=str(map_location or 'cpu'))
+    return without_compile(load_file(filename, device=str(map_location or 'cpu')))
+
+
+def without_compile(checkpoint: Any) -> Any:
+    """A checkpoint of a model that torch.compile had wrapped, with the names that it has otherwise; in place."""
+    state = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else None
+    names = [*state] if isinstance(state, dict) else []
+    for name in [name for name in names if re.match(r'(module\.)?_orig_mod\.', str(name))]:
+        state[name.replace('_orig_mod.', '', 1)] = state.pop(name)
+    return checkpoint
 
 
 @CheckpointLoader.register_scheme(prefixes='liera://')
@@ -58,7 +67,8 @@ def check_prefix(checkpoint: str, prefix: str, option: str) -> None:
     if any(str(name).startswith(start) for name in names):
         return
     known = list(dict.fromkeys(str(name).partition('.')[0] for name in names if '.' in str(name)))
-    close = difflib.get_close_matches(prefix.rstrip('.'), known, n=1)
+    wrapped = [f'module.{start}'] if any(str(name).startswith(f'module.{start}') for name in names) else []  # DDP
+    close = wrapped or difflib.get_close_matches(prefix.rstrip('.'), known, n=1)
     raise SetupError(
         f'{start} is not in the pretrained model {checkpoint}, whose names begin with '
         + ', '.join(f'{name}.' for name in known[:10]) + (f' and {len(known) - 10} more' if len(known) > 10 else ''),

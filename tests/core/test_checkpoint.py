@@ -207,7 +207,7 @@ def test_a_layer_under_two_names(tmp_path, perturb):
     (lambda s: s.pop('stem.1.running_var'), 'missing stem.1.running_var'),
     (lambda s: s.update({'neck.adapter.A': torch.ones(1)}), 'missing nothing; unexpected neck.adapter.A'),
     (lambda s: s.update({'head.weight': torch.ones(2, 4)}), 'unexpected head.weight'),
-    (lambda s: s.update({'module.head.bias': s.pop('head.bias')}), 'missing head.bias; unexpected module.head.bias'),
+    (lambda s: s.update({'model.head.bias': s.pop('head.bias')}), 'missing head.bias; unexpected model.head.bias'),
     (lambda s: s.clear(), 'missing head.adapter.A, head.adapter.B, head.adapter.rms and .* more'),
     (lambda s: s.update({'head.adapter.A': torch.ones(3, 4)}), r'head.adapter.A is \(3, 4\).*\(2, 4\)'),
     (lambda s: s.update({'head.adapter.A': s['head.adapter.A'].T.contiguous()}), r'head.adapter.A is \(4, 2\)'),

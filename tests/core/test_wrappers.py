@@ -19,7 +19,8 @@ from liera_mm.core.adapters import active_adapter
 from liera_mm.core.algebra import METHODS
 from liera_mm.core.checkpoint import fingerprint
 from liera_mm.core.errors import SetupError
-from liera_mm.core.wrappers import unwrap
+from liera_mm.core.extract import extract
+from liera_mm.core.wrappers import plain_names, unwrap
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -125,6 +126,31 @@ def test_loading(wrapped, bare, perturb, image, tmp_path):
     torch.testing.assert_close(wrapped(image), bare(image))
     assert liera_mm.load_adapter(wrapped, liera_mm.adapter_state_dict(bare), 'cats') is wrapped
     torch.testing.assert_close(liera_mm.set_adapter(wrapped, 'dogs')(image), before)
+
+
+NAMES = {
+    'compiled': lambda name: f'_orig_mod.{name}',
+    'DDP of a compiled one': lambda name: f'module._orig_mod.{name}',
+    'compiled DDP': lambda name: f'_orig_mod.module.{name}',
+    'compiled parts': lambda name: name.replace('stem.', 'stem._orig_mod.').replace('stages.0.', 'stages._orig_mod.0.'),
+    'checkpoint': lambda name: name.replace('stem.', 'stem._checkpoint_wrapped_module.'),
+}
+
+
+@pytest.mark.parametrize('names', NAMES)
+def test_loading_what_a_wrapped_model_called_its_tensors(bare, net, perturb, image, names):
+    state = {NAMES[names](name): t.clone() for name, t in liera_mm.adapter_state_dict(bare).items()}
+    plain = {NAMES[names](name): t for name, t in liera_mm.export(bare).items()}
+    expected = bare(image)
+    assert torch.equal(liera_mm.load_adapter(perturb(bare), state)(image), expected)
+    perturb(bare)
+    assert all(fit.residual < .01 for fit in extract(bare, plain))
+    torch.testing.assert_close(bare(image), expected, rtol=.01, atol=.01)
+
+
+def test_names_that_would_be_the_same_stay():
+    state = {'module.weight': torch.ones(1), 'weight': torch.zeros(1)}
+    assert plain_names(state, ['weight']) == state
 
 
 def test_merging(wrapped, bare, net, image):

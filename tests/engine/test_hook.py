@@ -380,17 +380,20 @@ def test_the_time_that_is_left_counts_the_iterations_of_the_resumed_training(mak
 
 # Checkpoints to test or resume from
 
-def save_part(trained, tmp_path, keep, prefix=''):
+def save_part(trained, tmp_path, keep, rename=str):
     checkpoint = read_checkpoint(trained.checkpoint, 'cpu')
-    checkpoint['state_dict'] = {prefix + name: t for name, t in checkpoint['state_dict'].items() if keep(name)}
+    checkpoint['state_dict'] = {rename(name): t for name, t in checkpoint['state_dict'].items() if keep(name)}
     torch.save(checkpoint, tmp_path / 'part.pth')
     return str(tmp_path / 'part.pth')
 
 
-@pytest.mark.parametrize('prefix', ['', 'module.'])
+@pytest.mark.parametrize('prefix', ['', 'module.', '_orig_mod.', 'module._orig_mod.', 'backbone._orig_mod.'])
 def test_testing_gives_the_metrics_of_training(make_runner, trained, tmp_path, prefix):
-    """Also from a checkpoint whose keys carry the prefix of a distributed training."""
-    runner, spy = make_runner(load_from=save_part(trained, tmp_path, lambda name: True, prefix)), Spy()
+    """Also from a checkpoint whose keys are those of a distributed training, or of torch.compile."""
+    def rename(name):
+        return name.replace('backbone.', prefix) if prefix.startswith('backbone') else prefix + name
+
+    runner, spy = make_runner(load_from=save_part(trained, tmp_path, lambda name: True, rename)), Spy()
     runner.register_hook(spy)
     assert runner.test() == trained.spy.metrics[1]
     assert trained.spy.metrics[1] != trained.spy.metrics[0]

@@ -129,16 +129,28 @@ def test_published_convnext(tmp_path, messages, ours, theirs):
     assert 'norm0.weight' in logged and 'adapter' not in logged
 
 
-@pytest.mark.parametrize('wrap', ['bare', 'state_dict', 'safetensors', 'http', 'prefix-without-dot'])
+@pytest.mark.parametrize('wrap', [
+    'bare', 'state_dict', 'safetensors', 'http', 'prefix-without-dot', 'compiled', 'compiled-safetensors',
+    'compiled-prefix', 'compiled-part'])
 def test_sources(tmp_path, request, wrap):
     state = random_state(CONVNEXT)
     prefix, source = None, tmp_path / 'base.pth'
     if wrap == 'safetensors':
         source = tmp_path / 'base.safetensors'
         save_file(state, source)
+    elif wrap == 'compiled-safetensors':
+        source = tmp_path / 'base.safetensors'
+        save_file({f'_orig_mod.{name}': t for name, t in state.items()}, source)
+    elif wrap == 'compiled':
+        torch.save({f'module._orig_mod.{name}': t for name, t in state.items()}, source)
     elif wrap == 'prefix-without-dot':
         torch.save(published(state), source)
         prefix = 'backbone'
+    elif wrap in ('compiled-prefix', 'compiled-part'):
+        start = '_orig_mod.backbone.' if wrap == 'compiled-prefix' else 'backbone._orig_mod.'
+        theirs = published(state)['state_dict']
+        torch.save(dict(state_dict={name.replace('backbone.', start): t for name, t in theirs.items()}), source)
+        prefix = 'backbone.'
     else:
         torch.save(dict(state_dict=state) if wrap == 'state_dict' else state, source)
     if wrap == 'http':
@@ -203,6 +215,8 @@ DAMAGES = {
                             r': 1 frozen tensors would stay random, among them stages\.1\.0\.pointwise_conv2\.weight'),
     'a norm is missing': (CONVNEXT, 'backbone.', 'stages.1.0.norm.bias', r': 1 .* among them stages\.1\.0\.norm\.bias'),
     'wrong prefix': (CONVNEXT, 'encoder.', None, r'encoder. is not in the pretrained model .*begin with backbone\., head\.'),
+    'prefix without that of DDP': (
+        CONVNEXT, 'backbone.', 'DDP', r'backbone. is not in the .*begin with module\.\nSet .*prefix .*=module.backbone.,'),
     'no prefix': (CONVNEXT, None, None, r'frozen tensors would stay random, among them downsample_layers\.0\.0\.weight'),
 }
 
@@ -212,6 +226,8 @@ def test_convnext_that_does_not_fit(tmp_path, damage):
     cfg, prefix, missing, message = DAMAGES[damage]
     checkpoint = published(random_state(CONVNEXT))
     checkpoint['state_dict'].pop(f'backbone.{missing}', None)
+    if missing == 'DDP':
+        checkpoint['state_dict'] = {f'module.{name}': t for name, t in checkpoint['state_dict'].items()}
     torch.save(checkpoint, tmp_path / 'base.pth')
     with pytest.raises((RuntimeError, AssertionError), match=message) as error:
         build(cfg, tmp_path / 'base.pth', prefix).init_weights()

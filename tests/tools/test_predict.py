@@ -137,6 +137,17 @@ def test_an_adapter_on_the_detector(call, files, expected, tiny_digits, tmp_path
     check(tmp_path, expected['cats'])
 
 
+@pytest.mark.parametrize('wrapped', ['_orig_mod.backbone.', 'backbone._orig_mod.'])
+def test_checkpoint_of_a_compiled_detector(call, files, expected, tiny_digits, tmp_path, wrapped):
+    content = torch.load(files / 'cats.pth')
+    content['state_dict'] = {
+        name.replace('backbone.', wrapped) if 'backbone.' in name else wrapped.partition('backbone.')[0] + name: tensor
+        for name, tensor in content['state_dict'].items()}
+    torch.save(content, tmp_path / 'compiled.pth')
+    call('predict', files / 'config.py', tmp_path / 'compiled.pth', tiny_digits / 'val2017', '--out', tmp_path)
+    check(tmp_path, expected['cats'])
+
+
 def test_several_adapters(call, files, expected, tiny_digits, tmp_path):
     call('predict', files / 'config.py', files / 'base.pth', tiny_digits / 'val2017/*.jpg', '--out', tmp_path, '--adapter',
          files / 'dogs.safetensors', '--adapter', f'ours={files}/cats.safetensors')
