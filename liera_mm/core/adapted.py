@@ -4,6 +4,7 @@ from typing import Iterator, Set, Tuple
 
 from torch import nn
 
+from .errors import SetupError
 from .layers import AdaptedLayer
 from .targets import layers_by_name
 
@@ -59,6 +60,13 @@ def without_adapters(model: nn.Module) -> Iterator[nn.Module]:
             layer._modules['adapter'] = adapter
             if start:
                 layer.start_anew()
+
+
+def refuse_off(model: nn.Module) -> None:
+    """Raise a SetupError inside of :func:`liera_mm.adapters_off`."""
+    if any(layer.merge_later is not None for _, layer in adapted_layers(model)):
+        raise SetupError('The adapters are off (adapters_off), and this needs the weights that they give.',
+                         'Do it after the with-block')
 
 
 def tensor_name(prefix: str, leaf: str = 'weight') -> str:

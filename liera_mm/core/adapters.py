@@ -174,6 +174,8 @@ def _summed(settings: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
 def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
     """A context in which the model computes with its frozen weights alone; afterwards it is as it was, bit for bit.
 
+    Adapters that are loaded, exchanged, merged or unmerged in it are so from its end on.
+
     Raises:
         ValueError: If norms, biases or whole layers train too, for what they were before is not kept.
     """
@@ -183,15 +185,14 @@ def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
     if trained:
         raise ValueError('the adapters cannot be switched off: norms or biases of this model were trained in place, or '
                          f'layers whole ({some(trained)}), and what they were before is not kept')
-    with _unfolded(model):
-        layers = [layer for _, layer in adapted_layers(model) if not layer.merged]  # none is, inside of another such context
+    layers = [layer for _, layer in adapted_layers(model) if layer.merge_later is None]  # not off already
+    for layer in layers:
+        layer.switch_off()
+    try:
+        yield wrapper
+    finally:
         for layer in layers:
-            layer.unmerged_weight = layer.frozen_weight.data  # as if merged, with Δ = 0
-        try:
-            yield wrapper
-        finally:
-            for layer in layers:
-                layer.unmerge()
+            layer.switch_on()
 
 
 def _check_loaded(model: nn.Module, name: str) -> None:
@@ -236,8 +237,7 @@ def _exchange(model: nn.Module, name: str, adapter: Adapter) -> None:
 @contextlib.contextmanager
 def _unfolded(model: nn.Module) -> Iterator[None]:
     """A context in which no layer has a Δ in its weight; layers whose adapters are off are left alone."""
-    folded = [layer for _, layer in adapted_layers(model)
-              if layer.merged and layer.weight.data_ptr() != layer.unmerged_weight.data_ptr()]
+    folded = [layer for _, layer in adapted_layers(model) if layer.merged and layer.merge_later is None]
     for layer in folded:
         layer.unmerge()
     try:

@@ -6,7 +6,7 @@ from typing import Dict, List, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .adapted import adapted_layers, adapter_names
+from .adapted import adapted_layers, adapter_names, refuse_off
 from .adapters import frozen_names
 from .group import INVERSES, MULTIPLICATIVE
 from .layers import AdaptedLayer
@@ -52,6 +52,7 @@ def extract(model: nn.Module, weights: Dict[str, Tensor], steps: int = 200) -> L
     Raises:
         ValueError: If ``weights`` lacks a tensor, or has one of another shape or with values that are not finite.
     """
+    refuse_off(model)
     unmerge(model)
     ours = model.state_dict()
     theirs, weights = {}, plain_names(weights, ours)

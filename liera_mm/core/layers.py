@@ -35,9 +35,12 @@ class AdaptedLayer:
         update (str): Name of the rule that applies Δ to the weight, a key of ``group.UPDATES``.
         unmerged_weight (Tensor | None): The frozen weight while the parameter holds the effective one.
         read (nn.Parameter): The parameter that ``weight`` was read of last.
+        merge_later (bool | None): While the adapter is off, where the layer is merged as if Δ were 0: whether it is to be
+            merged when it is on again. Else None.
     """
+    merge_later: Optional[bool] = None
     original_class: Type[nn.Module]
-    added = ('adapter', 'unmerged_weight', 'method', 'update', 'read')  # what restore_class() takes away
+    added = ('adapter', 'unmerged_weight', 'method', 'update', 'read', 'merge_later')  # what restore_class() takes away
 
     @property
     def weight(self) -> Tensor:
@@ -122,15 +125,31 @@ class AdaptedLayer:
     @torch.no_grad()
     def merge(self) -> None:
         """Let the parameter hold the effective weight, and keep the frozen one aside. Repeating it changes nothing."""
-        if not self.merged:
+        if self.merge_later is not None:
+            self.merge_later = True
+        elif not self.merged:
             parameter = self._parameters['weight']
             frozen, parameter.data = parameter.data, self.effective_weight()
             self.unmerged_weight = frozen
 
     def unmerge(self) -> None:
         """Undo :meth:`merge`, bit for bit: the very tensor is put back."""
-        if self.merged:
+        if self.merge_later is not None:
+            self.merge_later = False
+        elif self.merged:
             self._parameters['weight'].data, self.unmerged_weight = self.unmerged_weight, None
+
+    def switch_off(self) -> None:
+        """Compute with the frozen weight until :meth:`switch_on`; what is merged or unmerged between takes effect then."""
+        later = self.merged
+        self.unmerge()
+        self.unmerged_weight, self.merge_later = self._parameters['weight'].data, later
+
+    def switch_on(self) -> None:
+        later, self.merge_later = self.merge_later, None
+        self.unmerge()
+        if later:
+            self.merge()
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         # A checkpoint holds the frozen weight next to its factors, merged or not: loading must not apply Δ twice.
@@ -150,6 +169,8 @@ class AdaptedLayer:
         finally:
             if adapter is not None:
                 self._modules['adapter'] = adapter
+            if self.merge_later is not None:  # another tensor, if it was assigned
+                self.unmerged_weight = self._parameters['weight'].data
         if start_anew:
             self.start_anew()
 
@@ -168,7 +189,8 @@ class AdaptedLayer:
 
     def __reduce__(self):
         # Classes made for subclasses of torch's layers exist at run time only: pickle by the class they were made from.
-        return _restore, (self.original_class, ), self.__dict__
+        # A copy of one whose adapter is off is merged, with the frozen weight, until it is asked for another
+        return _restore, (self.original_class, ), {**self.__dict__, 'merge_later': None}
 
 
 # torch's forward passes, with the effective weight in the dtype of autocast, rather than cast to it from that of the frozen

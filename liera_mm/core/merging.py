@@ -5,7 +5,7 @@ from typing import Dict
 import torch
 from torch import Tensor, nn
 
-from .adapted import adapted_layers
+from .adapted import adapted_layers, refuse_off
 from .layers import AdaptedLayer, restore_class
 from .wrappers import refuse_shards, through_wrappers
 
@@ -40,7 +40,11 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 
     Returns:
         The same model; with its wrappers (``torch.compile`` and the like), if it has any.
+
+    Raises:
+        SetupError: Inside of :func:`liera_mm.adapters_off`.
     """
+    refuse_off(model)
     for _, layer in adapted_layers(model):
         layer._parameters['weight'].data = layer.effective_weight()
     for module in model.modules():

@@ -1,13 +1,27 @@
 """Several adapters on one base: switching between them, switching them off, and back, bit for bit."""
+import contextlib
 import copy
 
 import pytest
 import torch
 
-from liera_mm import adapt, adapter_state_dict, adapters_off, load_adapter, merge, save_adapter, set_adapter, unmerge
+from liera_mm import (
+    adapt,
+    adapter_state_dict,
+    adapters_off,
+    export,
+    load_adapter,
+    merge,
+    merge_and_unload,
+    save_adapter,
+    set_adapter,
+    unmerge,
+)
 from liera_mm.core.adapted import adapted_layers
 from liera_mm.core.adapters import active_adapter
 from liera_mm.core.algebra import METHODS
+from liera_mm.core.errors import SetupError
+from liera_mm.core.extract import extract
 from liera_mm.core.group import UPDATES
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -135,13 +149,74 @@ def test_off(net, perturb, image, method, update, merged):
     with adapters_off(model) as same:
         assert same is model and torch.equal(model(image), expected)
         assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
-        merge(model)
-        assert torch.equal(model(image), expected)
         with adapters_off(model):
             assert torch.equal(model(image), expected)
         assert torch.equal(model(image), expected)
     assert torch.equal(model(image), adapted)
     assert all(layer.merged == merged for _, layer in adapted_layers(model))
+
+
+CALLS = {  # and whether the layers are merged after it
+    'merge': (lambda model, path: merge(model), True),
+    'unmerge': (lambda model, path: unmerge(model), False),
+    'load_adapter': (lambda model, path: load_adapter(model, path, 'dogs'), False),
+    'load_adapter of that name': (lambda model, path: load_adapter(model, path), False),
+    'load_state_dict': (lambda model, path: model.load_state_dict(model.state_dict()), False),
+    'assign': (lambda model, path: model.load_state_dict(model.state_dict(), assign=True), False),
+    'set_adapter': (lambda model, path: set_adapter(model, 'cats'), None),
+    'moving': (lambda model, path: set_adapter(model.double().float(), 'cats'), None),
+}
+
+
+@pytest.mark.parametrize('nested', [False, True], ids=['', 'nested'])
+@pytest.mark.parametrize('merged', [False, True], ids=['unmerged', 'merged'])
+@pytest.mark.parametrize('call', CALLS)
+def test_what_is_called_while_off_comes_after(net, perturb, image, tmp_path, call, merged, nested):
+    """They stay off until the end; from then on the model is as if it had been called outside."""
+    model = perturb(adapt(net, rank=2))
+    save_adapter(model, tmp_path / 'file')
+    perturb(load_adapter(model, tmp_path / 'file', 'cats'))
+    set_adapter(model, 'default')
+    if merged:
+        merge(model)
+    call, then_merged = CALLS[call]
+    outside = copy.deepcopy(model)
+    call(outside, tmp_path / 'file')
+    with adapters_off(model):
+        expected = model(image)
+        with adapters_off(model) if nested else contextlib.nullcontext():
+            call(model, tmp_path / 'file')
+            assert torch.equal(model(image), expected)
+        assert torch.equal(model(image), expected)
+        assert torch.equal(copy.deepcopy(model)(image), expected)
+    assert all(layer.merged == (merged if then_merged is None else then_merged) for _, layer in adapted_layers(model))
+    assert torch.equal(model(image), outside(image)) and not torch.equal(model(image), expected)
+    assert active_adapter(model) == active_adapter(outside)
+    assert torch.equal(unmerge(model)(image), unmerge(outside)(image))
+    with adapters_off(model):
+        assert torch.equal(model(image), expected)
+
+
+def test_a_copy_made_while_off(net, perturb, image):
+    """It computes with the frozen weights, until it is asked for others."""
+    expected = net(image)
+    model = perturb(adapt(net, rank=2))
+    with adapters_off(model):
+        copied = copy.deepcopy(model)
+    assert torch.equal(copied(image), expected)
+    assert torch.equal(unmerge(copied)(image), model(image))
+
+
+@pytest.mark.parametrize('call', [merge_and_unload, lambda model: extract(model, export(model))], ids=['unload', 'extract'])
+def test_what_cannot_be_done_while_off(net, perturb, image, call):
+    model = perturb(adapt(net, rank=2))
+    expected = model(image)
+    with adapters_off(model), pytest.raises(SetupError, match='adapters are off.*\n.*after the with-block'):
+        call(model)
+    assert torch.equal(model(image), expected)
+    call(model)
+    torch.testing.assert_close(model(image), expected, rtol=.01, atol=.01)
+    assert not any('merge_later' in vars(module) for module in merge_and_unload(model).modules())
 
 
 @pytest.mark.parametrize('settings', [SETTINGS['plain']])
