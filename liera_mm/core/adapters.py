@@ -54,8 +54,9 @@ def set_adapter(model: nn.Module, name: str) -> nn.Module:
     """Compute with another of the adapters that :func:`liera_mm.load_adapter` has loaded, or :func:`combine` has made.
 
     Nothing is copied: parameters stay the objects that they are and exchange their memory, and with it their shape where
-    the adapters are of different rank. So call ``backward()`` before: later it would take the other adapter's numbers, and
-    its gradients would be theirs. A model that is merged is merged again, with the new adapter.
+    the adapters are of different rank. So call ``backward()`` before, or when the adapter of the forward pass is back, as it
+    is after a reference was computed with another: else the gradients are those of the other's numbers. A model that is
+    merged is merged again, with the new adapter.
 
     Returns:
         The same model.

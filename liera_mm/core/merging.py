@@ -12,7 +12,10 @@ from .wrappers import refuse_shards, through_wrappers
 
 @through_wrappers
 def merge(model: nn.Module) -> nn.Module:
-    """Fold every Δ into its weight, in place: the forward pass costs what it did before :func:`adapt`."""
+    """Fold every Δ into its weight, in place: the forward pass costs what it did before :func:`adapt`.
+
+    Between a forward pass and its ``backward()``, :func:`unmerge` has to follow: else gradients are of the merged weight.
+    """
     for _, layer in adapted_layers(model):
         layer.merge()
     return model

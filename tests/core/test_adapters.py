@@ -123,6 +123,21 @@ def test_merged_models_stay_merged(shared, tasks, image):
     assert torch.equal(shared(image), tasks[NAMES[-1]][1])
 
 
+@pytest.mark.parametrize('method', METHODS)
+def test_there_and_back_between_forward_and_backward(net, perturb, image, method):
+    """As a reference is computed, with another adapter or none; a check of versions would take it for a change."""
+    model = perturb(adapt(net, rank=2, method=method))
+    perturb(load_adapter(model, adapter_state_dict(model), 'cats'))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(model(image).square().sum(), trained)
+    loss = model(image).square().sum()
+    set_adapter(model, 'default')(image)
+    unmerge(merge(set_adapter(model, 'cats')))
+    with adapters_off(model):
+        model(image)
+    assert all(map(torch.equal, torch.autograd.grad(loss, trained), expected))
+
+
 def test_the_model_may_move_between(shared, tasks, image):
     shared.double()
     for name in NAMES:
