@@ -108,6 +108,7 @@ def load_trained(model: nn.Module, path: Union[str, os.PathLike], config: str,
         SetupError: If it is damaged, or was trained with another config or on other frozen weights.
     """
     checkpoint = read_checkpoint(path, 'cpu')
+    check_backbones(model, checkpoint)
     state, ours = named_as_in(model, checkpoint.get('state_dict', checkpoint)), model.state_dict()
     state = {**{name: ours[name] for name in may_lack}, **state}
     try:
@@ -124,6 +125,21 @@ def load_trained(model: nn.Module, path: Union[str, os.PathLike], config: str,
 def named_as_in(model: nn.Module, state: Mapping[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
     """The state dict of a checkpoint with the names that a model knows (:func:`plain_names`), records included."""
     return plain_names(state, [*model.state_dict(), *(f'{name}.{RECORD}' for name, _ in pretrained_backbones(model))])
+
+
+def check_backbones(model: nn.Module, checkpoint: Dict[str, Any]) -> None:
+    """Raise a SetupError if a checkpoint is of an adapted backbone, and the model has none there.
+
+    MMEngine would drop the adapters, and leave the frozen weights that the checkpoint lacks random.
+    """
+    ours = [f'.{name}.{RECORD}' for name, _ in pretrained_backbones(model)]
+    records = [name for name in named_as_in(model, checkpoint.get('state_dict', checkpoint)) if name.endswith(f'.{RECORD}')]
+    other = [name[:-len(RECORD) - 1] for name in records if not any(our.endswith(f'.{name}') for our in ours)]
+    if other:
+        raise SetupError(f'the checkpoint was trained with adapters in {other[0]}, and the model of this config has no '
+                         'LieRABackbone or LieRAConvNeXt there',
+                         'Use the config in the work dir of that checkpoint; or tools/merge.py with that one, which makes a '
+                         'checkpoint for the detector as it was')
 
 
 def adapted_backbones(model: nn.Module) -> Dict[str, nn.Module]:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..core.errors import SetupError
 from . import annotations as coco
+from .checkpoint import check_backbones
 from .datasets import listed, parts_of, steps_of
 from .evaluators import check_evaluator
 from .heads import check_heads, check_masks_of_heads
@@ -21,6 +22,8 @@ from .images import check_images
 @HOOKS.register_module()
 class DataChecks(Hook):
     """Checks data sets, heads and evaluators against each other before a training or test, and images as they are read.
+
+    And that a checkpoint is not of adapters that the model has not.
 
     ``LieRAHook`` registers it, and the tools do.
     """
@@ -33,6 +36,7 @@ class DataChecks(Hook):
             check_same_classes(train=runner.train_dataloader.dataset, val=runner.val_dataloader.dataset)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: Dict[str, Any]) -> None:
+        check_backbones(runner.model, checkpoint)
         loops = [loop for loop in (runner._train_loop, runner._val_loop, runner._test_loop) if isinstance(loop, BaseLoop)]
         trains = loops[:1] == [runner._train_loop]
         if loops and (runner._resume or not trains):

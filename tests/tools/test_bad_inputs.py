@@ -165,6 +165,10 @@ def evaluate(edit=lambda checkpoint: None):
     return change
 
 
+def without_adapters(run):
+    run.config = FULL
+
+
 def torn(run):
     evaluate()(run)
     content = run.arguments[0].read_bytes()
@@ -258,6 +262,13 @@ BAD_INPUTS = {
     'checkpoint without adapters': (
         evaluate(lambda checkpoint: [checkpoint['state_dict'].pop(name) for name in [*checkpoint['state_dict']]
                                      if '.adapter.' in name]), 'of adapters'),
+    'checkpoint with adapters, without the edit': (both(evaluate(), without_adapters), 'with adapters in backbone'),
+    'checkpoint with adapters to predict with, without the edit': (
+        both(predict('{data}/val2017'), without_adapters), 'with adapters in backbone'),
+    'checkpoint with adapters to resume from, without the edit': (
+        both(lambda run: run.arguments.extend(['--resume', run.trained]), without_adapters), 'with adapters in backbone'),
+    'checkpoint with adapters to start from, without the edit': (
+        both(lambda run: run.options.append(f'load_from={run.trained}'), without_adapters), 'with adapters in backbone'),
     'checkpoint with NaN': (
         evaluate(lambda checkpoint: checkpoint['state_dict'][f'{LAYER}.adapter.B'].fill_(torch.nan)), f'{LAYER}.adapter.B'),
     'checkpoint on other base weights': (
