@@ -10,6 +10,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
 import liera_mm
+from liera_mm.core.adapt import ALPHA
 
 # isort: split
 from mmpretrain.models.backbones import ConvNeXt
@@ -159,7 +160,7 @@ def test_digits_compare_the_methods_of_coco(build, name):
     if update:
         coco = read(f'mask-rcnn_convnextv2-b_{name}_r16').model.backbone.liera
         ours = backbone.liera
-        assert ours['alpha'] / ours['rank'] == coco.get('alpha') / coco.rank
+        assert ours['alpha'] == (ours['rank'] if 'alpha' in coco else ALPHA)  # which PiSSA's rank is
         assert (ours['method'], ours['update']) == (coco.get('method', 'lora'), coco.get('update', 'taylor'))
         assert ours['overrides'] == coco.get('overrides', [])
 
@@ -236,10 +237,10 @@ def test_transfer(build, world):
     assert backbone.norm_eval and adapted.norm_eval and adapted.out_indices == backbone.out_indices == (1, 2, 4, 7)
     assert liera.custom_hooks == [dict(type='LieRAHook')] and full.custom_hooks == []
     ours, reference = liera.to_dict(), full.to_dict()
-    for cfg, rates in ((ours, {'adapter': {'lr_mult': .5}}), (reference, {'backbone': {'lr_mult': .1}})):
+    assert reference['optim_wrapper']['paramwise_cfg'].pop('custom_keys') == {'backbone': {'lr_mult': .1}}
+    for cfg in (ours, reference):
         cfg.pop('custom_hooks')
         cfg['model'].pop('backbone')
-        assert cfg['optim_wrapper']['paramwise_cfg'].pop('custom_keys') == rates
     assert ours == reference
 
 

@@ -6,9 +6,7 @@ _base_ = 'faster-rcnn_mobilenetv2_transfer.py'
 auto_classes = True
 strides = [8, 16, 32, 64, 128]
 model = dict(
-    backbone=dict(
-        backbone=dict(out_indices=(2, 4, 7)),
-        liera=dict(rank=8, overrides=[dict(targets=['depthwise'], method='dense')])),
+    backbone=dict(backbone=dict(out_indices=(2, 4, 7)), liera=dict(rank=4)),
     neck=dict(in_channels=[32, 96, 1280], num_outs=len(strides)),
     rpn_head=dict(anchor_generator=dict(octave_base_scale=2, strides=strides)),
     roi_head=dict(bbox_roi_extractor=dict(featmap_strides=strides[:3]), bbox_head=dict(num_classes=None)))
@@ -48,5 +46,4 @@ val_evaluator = dict(type='CocoMetric', metric='bbox')
 test_evaluator = val_evaluator
 
 train_cfg = dict(val_interval=1)
-optim_wrapper = dict(paramwise_cfg=dict(custom_keys=dict(adapter=dict(lr_mult=0.5))))
 default_hooks = dict(checkpoint=dict(interval=1))

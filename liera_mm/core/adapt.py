@@ -2,7 +2,7 @@
 import collections
 import functools
 import logging
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Dict, Iterable, List, Mapping, Sequence, Set, Tuple, Union
 
 import torch
 from torch import nn
@@ -18,13 +18,14 @@ from .wrappers import through_wrappers
 SCALES = ('relative', 'plain')
 # What settings were before they existed, for files from then
 BEFORE = dict(scale='plain')
+ALPHA = 16  # by default, at any rank
 logger = logging.getLogger('liera_mm')
 
 
 @functools.partial(through_wrappers, does='adds')
 def adapt(model: nn.Module,
           rank: int = 16,
-          alpha: Optional[float] = None,
+          alpha: float = ALPHA,
           method: str = 'lora',
           update: str = 'taylor',
           scale: str = 'relative',
@@ -44,7 +45,8 @@ def adapt(model: nn.Module,
         model: Any module; for a detector, its backbone.
         rank: Rank r of the low-rank factors, at least 1; of ``tucker``, that of the channels; of ``atom``, the number of
             atoms.
-        alpha: Numerator of the scale alpha / rank of Δ; by default twice the rank, of each layer.
+        alpha: Numerator of the scale alpha / rank of Δ. AdamW's steps of one size move Δ in proportion to it, whatever the
+            rank, so that one alpha suits all ranks (docs/transfer.md).
         method: How Δ is parameterised: ``lora``, ``pissa``, ``milora`` or ``dora`` (low-rank factors), ``tucker`` (FLoRA: a
             core, and a factor for each dimension of the weight), ``atom`` (a few filters, of which every kernel is a fixed
             combination; ``atom-pissa``: one that trains), or ``dense``. See docs/methods.md.
@@ -81,9 +83,6 @@ def adapt(model: nn.Module,
         raise ValueError('this model is adapted already: export() it first, or adapt a fresh one')
     if not isinstance(overrides, (list, tuple)) or not all(isinstance(override, Mapping) for override in overrides):
         raise ValueError(f'overrides must be a list of dicts, not {overrides!r}')
-    if alpha is None:
-        alpha, overrides = _alpha_of(rank), [
-            {'alpha': _alpha_of(override['rank']), **override} if 'rank' in override else override for override in overrides]
     settings = dict(rank=rank, alpha=alpha, method=method, update=update, scale=scale, kernel_rank=kernel_rank)
     _check_settings(settings)
     if not isinstance(train_norm, bool):
@@ -168,11 +167,6 @@ def _choose(model: nn.Module, targets: Sequence[str], matched: Sequence[str], se
     if refused and not chosen:
         raise next(iter(refused.values()))
     return chosen, refused, zero
-
-
-def _alpha_of(rank: Any) -> Any:
-    """The alpha of a rank, where none is given; of what is none, whatever it is."""
-    return 2 * rank if isinstance(rank, int) else rank
 
 
 def _check_settings(settings: Dict[str, Any]) -> None:

@@ -124,12 +124,12 @@ def test_overrides(net, overrides, expected):
 
 
 @pytest.mark.parametrize(('override', 'alpha'), [
-    ({}, 6), ({'rank': 5}, 10), ({'rank': 5, 'alpha': 1}, 1), ({'alpha': 1}, 1)])
-def test_alpha_goes_with_the_rank(net, override, alpha):
+    ({}, 16), ({'rank': 5}, 16), ({'rank': 5, 'alpha': 1}, 1), ({'alpha': 1}, 1)])
+def test_one_alpha_for_all_ranks(net, override, alpha):
     """Unless it is given."""
     adapt(net, rank=3, overrides=[{'targets': ['head'], **override}])
-    assert net.head.adapter.scale == alpha / override.get('rank', 3) and net.stem[0].adapter.scale == 2
-    assert net.liera['alpha'] == 6
+    assert net.head.adapter.scale == alpha / override.get('rank', 3) and net.stem[0].adapter.scale == 16 / 3
+    assert net.liera['alpha'] == 16
 
 
 # What is refused

@@ -30,6 +30,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Deque, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
+from liera_mm.core.adapt import ALPHA
 from liera_mm.core.checkpoint import write_atomically
 from liera_mm.core.errors import SetupError
 
@@ -93,7 +94,7 @@ def settings(args: argparse.Namespace, seed: int, worlds: Sequence[str], methods
             options = options_of({key: value for key, value in args.cfg_options.items()
                                   if method in ADAPTERS or not key.startswith(LIERA)})
             yield Run(world, method, lr or cfg.optim_wrapper.optimizer.lr, ours,
-                      ours and (number(alpha, ours) if alpha else liera.get('alpha', 2 * ours)), options, seed)
+                      ours and (number(alpha, ours) if alpha else liera.get('alpha', ALPHA)), options, seed)
 
 
 def number(alpha: str, rank: int) -> float:
