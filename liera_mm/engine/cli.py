@@ -2,6 +2,7 @@
 import argparse
 import difflib
 import functools
+import inspect
 import os
 import os.path as osp
 import re
@@ -31,6 +32,7 @@ from .data_files import check_coco
 from .datasets import classes_of, dataset_class, datasets_of, reads_coco, reads_voc
 from .files import file_error
 from .options import add_cfg_options, other_kinds
+from .plain import arguments_of
 from .voc import check_voc
 
 BUILDERS = dict(from_cfg='Runner', build_dataloader='dataloader')
@@ -74,7 +76,7 @@ def _config_error(error: Exception) -> Sequence[str]:
         call = re.search(r"\) got an unexpected keyword argument '(\w+)'", message)
         if isinstance(error, TypeError) and call:
             return (f'The config has a {name}, or something made of it, with {call[1]}=..., which that does not take',
-                    'Take it out; if it is left of what a base config has in the same place, add _delete_=True to the dict')
+                    _meant_by(call[1], builds[-1].f_locals))
         if isinstance(error, KeyError) and 'is not in the' in message and raised_in.startswith(OPENMMLAB):
             registry = builds[-1].f_locals['registry']
             known = {key for node in (registry, registry.parent) if node is not None for key in node.module_dict}
@@ -88,6 +90,26 @@ def _config_error(error: Exception) -> Sequence[str]:
     if options and raised_in.startswith(USED_BY_TOOLS) and not isinstance(error, NOT_OF_OPTIONS):
         return f'{type(error).__name__} in {raised_in}: {message:.300}', options
     return ()
+
+
+def _meant_by(argument: str, build: Dict[str, Any]) -> str:
+    """What to do about an argument that a class does not take.
+
+    Args:
+        argument: Its name.
+        build: Local variables of MMEngine's ``build_from_cfg``.
+    """
+    cls, given = build.get('obj_cls'), build.get('args') or ()
+    known = ['liera', *(arguments_of(inspect.getmro(cls)) if inspect.isclass(cls) else ())]
+    close = difflib.get_close_matches(argument, known, n=1, cutoff=.75)
+    if 'liera' in close:
+        return ("Give it to the backbone, in a LieRABackbone: model=dict(backbone=dict(_delete_=True, type='LieRABackbone', "
+                'backbone=dict(...), liera=dict(...)))')
+    if argument == 'backbone' and 'detector' in given:
+        return ('Its detector has one: write model=dict(detector=dict(backbone=...)), and '
+                '{{_base_.model.detector.backbone}} for that of a base config')
+    return ((f'Did you mean {close[0]}? Or else take it out' if close else 'Take it out')
+            + '; if it is left of what a base config has in the same place, add _delete_=True to the dict')
 
 
 def _doubtful_options(main: Dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Configs of this package as stock MMDetection reads them."""
 import inspect
-from typing import Any, Dict, Iterator, Optional, Set, Tuple
+from typing import Any, Dict, Iterable, Iterator, Optional, Set, Tuple
 
 from mmengine.config import Config
 from mmengine.registry import HOOKS, Registry, root
@@ -141,10 +141,11 @@ def _is_ours(value: Any) -> bool:
 
 def _arguments(cls: type, ours: bool) -> Set[str]:
     """Names of the arguments that the constructors of our part of a class, or of the rest of it, take."""
-    return set(_named(base for base in inspect.getmro(cls) if _is_ours(base) == ours))
+    return set(arguments_of(base for base in inspect.getmro(cls) if _is_ours(base) == ours))
 
 
-def _named(classes: Any) -> Iterator[str]:
+def arguments_of(classes: Iterable[type]) -> Iterator[str]:
+    """Names of the arguments that the constructors of classes take, without those of the classes that they derive from."""
     for cls in classes:
         if '__init__' in vars(cls) and inspect.isfunction(cls.__init__):
             yield from (name for name, parameter in inspect.signature(cls.__init__).parameters.items()

@@ -1,8 +1,9 @@
 """Any backbone with adapted layers, for MMEngine's registry."""
+import difflib
 import functools
 import inspect
 import logging
-from typing import Any, Dict, Iterable, Optional, Type
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Type
 
 import torch
 from mmengine.logging import print_log
@@ -33,11 +34,19 @@ def LieRABackbone(backbone: Optional[Dict[str, Any]] = None, liera: Optional[Dic
     Raises:
         SetupError: If there are other arguments, or adapt() refuses those in ``liera``.
     """
-    refuse_leftovers('LieRABackbone', [name for name in kwargs if name not in ('init_cfg', 'pretrained')])
-    if backbone is None:
-        raise SetupError('LieRABackbone has no backbone to adapt', 'Give it as backbone=dict(type=..., ...)')
+    others = [name for name in kwargs if name not in ('init_cfg', 'pretrained')]
+    refuse_leftovers('LieRABackbone', others, ('backbone', 'liera', 'init_cfg'), ' if they are for the backbone in it, '
+                     f'backbone=dict(backbone=dict({"".join(others[:1])}=...));')
+    if not isinstance(backbone, dict):
+        raise SetupError('LieRABackbone has no backbone to adapt' if backbone is None else
+                         f'LieRABackbone has backbone={backbone!r:.100}, which is no dict',
+                         'Give it as backbone=dict(type=..., ...)')
     with loads() as tensors:
         model = build_initialised({**backbone, **kwargs} if kwargs else backbone)
+    if hasattr(model, 'liera'):
+        raise SetupError('The backbone in LieRABackbone is adapted already, as that of a base config that has it',
+                         'Change what is there: model=dict(backbone=dict(liera=dict(rank=...))), without _delete_=True and '
+                         'another LieRABackbone')
     if not isinstance(model, PretrainedBackbone):
         model.__class__ = _pretrained_class(type(model))
     model.note_elsewhere(tensors)
@@ -65,13 +74,30 @@ def build_initialised(cfg: Dict[str, Any]) -> nn.Module:
 LieRABackbone.wraps = 'backbone'  # the argument that is left of its config without this package
 
 
-def refuse_leftovers(name: str, others: Iterable[str]) -> None:
-    """Raise a SetupError if a config gives a backbone arguments that it has not."""
-    if others:
-        raise SetupError(
-            f'{name} has no {", ".join(others)}; the config gives it what it does not take',
-            f'If they are left of the backbone of a base config, with which yours is merged, write '
-            f'backbone=dict(_delete_=True, type={name!r}, ...); or else take them out')
+def refuse_leftovers(name: str, others: Sequence[str], known: Iterable[str], inner: str = '') -> None:
+    """Raise a SetupError if a config gives a backbone arguments that it has not.
+
+    Args:
+        name: Of the backbone.
+        others: Those arguments.
+        known: The arguments that it has, one of which may be meant.
+        inner: What to do where they are for the backbone in it.
+    """
+    if not others:
+        return
+    settings = [other for other in others if other in _settings()]
+    close = next(iter(difflib.get_close_matches(others[0], known, n=1, cutoff=.7)), None)
+    raise SetupError(
+        f'{name} has no {", ".join(others)}; the config gives it what it does not take',
+        f'Write {settings[0]} in its liera=dict({settings[0]}=...)' if settings else
+        f'Did you mean {close}?' if close else
+        f'If they are left of the backbone of a base config, with which yours is merged, write '
+        f'backbone=dict(_delete_=True, type={name!r}, ...);{inner} or else take them out')
+
+
+def _settings() -> List[str]:
+    """The settings that ``liera=dict(...)`` has: the arguments of :func:`liera_mm.adapt`."""
+    return [*inspect.signature(adapt).parameters][1:]
 
 
 def adapt_or_freeze(model: nn.Module, liera: Optional[Dict[str, Any]]) -> None:
@@ -90,7 +116,7 @@ def adapt_or_freeze(model: nn.Module, liera: Optional[Dict[str, Any]]) -> None:
         if not isinstance(liera, dict):
             raise TypeError(f'{liera!r} is no dict')
         for name in liera:
-            check_choice('setting', name, [*inspect.signature(adapt).parameters][1:])
+            check_choice('setting', name, _settings())
         adapt(model, **liera)
     except (ValueError, TypeError) as error:
         raise SetupError(f'The backbone cannot be adapted as its liera=dict(...) says: {error}',

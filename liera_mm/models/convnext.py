@@ -43,7 +43,7 @@ class LieRAConvNeXt(PretrainedBackbone, ConvNeXt):
 
     def __init__(self, liera: Optional[Dict[str, Any]] = None, fast: bool = True, **kwargs: Any):
         known = inspect.signature(ConvNeXt).parameters
-        refuse_leftovers('LieRAConvNeXt', [name for name in kwargs if name not in known])
+        refuse_leftovers('LieRAConvNeXt', [name for name in kwargs if name not in known], ('liera', 'fast', *known))
         super().__init__(**kwargs)
         adapt_or_freeze(self, liera)
         for stage in self.stages:

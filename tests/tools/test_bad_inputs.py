@@ -58,6 +58,12 @@ def config(base, text):
     return change
 
 
+def wrapped(inner, outer):
+    """The edit on a ConvNeXt, with arguments that the ConvNeXt and LieRABackbone have besides."""
+    return config(FULL, "default_hooks = dict(liera=dict(type='LieRAHook'))\nmodel = dict(backbone=dict(_delete_=True, type="
+                  f"'LieRABackbone', backbone=dict(type='mmpretrain.ConvNeXt', arch='atto', {inner}), {outer}))")
+
+
 def base_weights(edit):
     """Pretrained weights of which a tensor, that of LAYER, was edited."""
 
@@ -222,7 +228,7 @@ BAD_INPUTS = {
     'targets that match nothing': (liera(targets='stage.*,'), "'stage.*' matches no layer; did you mean 'stages.*'"),
     'adapting twice': (
         config(DIGITS, "model = dict(backbone=dict(_delete_=True, type='LieRABackbone', liera=dict(rank=4), backbone=dict("
-               "type='LieRAConvNeXt', arch='atto', liera=dict(rank=4))))"), 'adapted already'),
+               "type='LieRAConvNeXt', arch='atto', liera=dict(rank=4))))"), 'adapted already, as'),
     'no convolutions': (
         config(DIGITS, "model = dict(backbone=dict(_delete_=True, type='LieRABackbone', liera=dict(rank=4), "
                "backbone=dict(type='NoConvolutions')))"), 'no convolution and no linear layer'),
@@ -388,6 +394,22 @@ BAD_INPUTS = {
         'LieRABackbone has no arch'),
     'LieRAConvNeXt over another backbone': (
         options(**{'model.backbone.depth': 50}), 'LieRAConvNeXt has no depth'),
+    'liera beside the backbone': (config(DIGITS, 'model = dict(liera=dict(rank=4))'), 'has a MaskRCNN'),
+    'liera of a backbone as it was': (
+        config(FULL, 'model = dict(backbone=dict(liera=dict(rank=4)))'), 'has a mmpretrain.ConvNeXt'),
+    'liera in the backbone of a LieRABackbone': (wrapped('liera=dict(rank=4)', ''), 'has a mmpretrain.ConvNeXt'),
+    'misspelt liera': (wrapped('', 'leira=dict(rank=4)'), 'LieRABackbone has no leira'),
+    'misspelt backbone': (wrapped('', 'bakcbone=dict(depth=50)'), 'LieRABackbone has no bakcbone'),
+    'misspelt liera of LieRAConvNeXt': (options(**{'model.backbone.lierra.rank': 4}), 'LieRAConvNeXt has no lierra'),
+    'misspelt argument of the backbone': (wrapped('drop_path_rat=.1', 'liera=dict(rank=4)'), 'with drop_path_rat'),
+    'a setting beside liera': (wrapped('', 'rank=4'), 'LieRABackbone has no rank'),
+    'an argument of the backbone beside it': (wrapped('', 'frozen_stages=1'), 'LieRABackbone has no frozen_stages'),
+    'a text for the backbone': (
+        config(DIGITS, "model = dict(backbone=dict(_delete_=True, type='LieRABackbone', backbone='ResNet'))"),
+        "backbone='ResNet', which is no dict"),
+    'backbone beside the detector that has it': (
+        config(DIGITS, "model = dict(_delete_=True, type='SoftTeacher', detector={{_base_.model}}, "
+               "backbone=dict(type='LieRABackbone'))"), 'has a SoftTeacher'),
     'backbone over another, in LieRABackbone': (
         config(DIGITS, "model = dict(backbone=dict(_delete_=True, type='LieRABackbone', liera=dict(rank=4), backbone=dict("
                "type='SwinTransformer', depth=50)))"), 'SwinTransformer'),
