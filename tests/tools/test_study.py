@@ -192,9 +192,9 @@ def test_configs(world, method, monkeypatch):
 def test_run(run, tmp_path):
     printed = run('--methods', 'lora', 'frozen', '--seeds', '0', '1', '--jobs', '3')
     assert sorted(calls(tmp_path)) == ['frozen 0', 'frozen 1', 'lora 0', 'lora 1']
-    assert results(tmp_path) == {f'{name}_s{seed}' for name in ('lora_lr0.002_r4_a8', 'frozen_lr0.002') for seed in (0, 1)}
+    assert results(tmp_path) == {f'{name}_s{seed}' for name in ('lora_lr0.002_r4_a16', 'frozen_lr0.002') for seed in (0, 1)}
     assert '4 runs, 0 of them finished' in printed and '[4/4]' in printed
-    assert 'lora lr 0.002 rank 4 alpha 8 seed 1: bbox mAP 0.286 (5 s)' in printed
+    assert 'lora lr 0.002 rank 4 alpha 16 seed 1: bbox mAP 0.294 (5 s)' in printed
 
 
 def test_a_world_that_was_not_made(run):
@@ -272,17 +272,17 @@ def test_a_failure_leaves_the_others(run, tmp_path, what, reason, end, capsys):
         run('--methods', 'lora', 'frozen', '--seeds', '0', '1')
     assert capsys.readouterr().out.count(f'failed: {reason}') == 2
     assert results(tmp_path) == {'frozen_lr0.002_s0', 'frozen_lr0.002_s1'}
-    assert (tmp_path / 'runs/digits/lora_lr0.002_r4_a8_s0/output.txt').read_text().endswith(end)
+    assert (tmp_path / 'runs/digits/lora_lr0.002_r4_a16_s0/output.txt').read_text().endswith(end)
     (tmp_path / f'lora {what}').unlink()
     run('--methods', 'lora')
-    assert 'lora_lr0.002_r4_a8_s0' in results(tmp_path)
+    assert 'lora_lr0.002_r4_a16_s0' in results(tmp_path)
 
 
 def test_a_result_of_another_config_is_refused(run, tmp_path, monkeypatch):
     """It would stand in a table beside runs that are not comparable."""
     run('--methods', 'lora')
     monkeypatch.setitem(study.METHODS, 'lora', dict(update='exp'))
-    with pytest.raises(SetupError, match='lora_lr0.002_r4_a8_s0.json is the result of another config, with other model\n'):
+    with pytest.raises(SetupError, match='lora_lr0.002_r4_a16_s0.json is the result of another config, with other model\n'):
         run('--methods', 'lora')
     run('--methods', 'lora', '--cfg-options', 'train_cfg.max_epochs=1')  # is another run
     config_of = study_run.config_of
@@ -323,10 +323,10 @@ def wait_until_dead(pids):
 def test_when_the_time_is_up_all_ends(run, tmp_path, monkeypatch):
     """And what trainings have started."""
     (tmp_path / 'lora hangs').touch()
-    monkeypatch.setattr(study, 'wait', lambda connections, timeout: wait_for(tmp_path, 'lora_lr0.002_r4_a8_s0/pids'))
+    monkeypatch.setattr(study, 'wait', lambda connections, timeout: wait_for(tmp_path, 'lora_lr0.002_r4_a16_s0/pids'))
     printed = run('--methods', 'lora', '--minutes', '10')
     assert 'the time is up' in printed and '1 of 1 runs are left' in printed
-    wait_until_dead((tmp_path / 'runs/digits/lora_lr0.002_r4_a8_s0/pids').read_text().split())
+    wait_until_dead((tmp_path / 'runs/digits/lora_lr0.002_r4_a16_s0/pids').read_text().split())
 
 
 def wait_for(folder, name):
@@ -373,7 +373,7 @@ def test_report(run, call, tmp_path):
     assert '| lora | 0.002 | 4 | 32 | - | 40 | 4.0% | 0.305 (0.300 to 0.310) | - | 1.138 | 2 | 0.750 | - | - | 5 |' in text
     assert '| 0.0% | 0.268 (0.268 to 0.268) | 0.500 (0.500 to 0.500) | 1.000 | 1 | 0.750 | - | - | 5 |' in text  # full
     assert '| lora | 0.002 | 4 | 8 | - | 0.281 (0.276 to 0.286) | 2 | 0.750 |' in text  # every setting
-    assert '| lora | 0.002 | 2 | 8 | - | 0.276 (0.276 to 0.276) | 1 | 0.750 |' in text
+    assert '| lora | 0.002 | 2 | 16 | - | 0.284 (0.284 to 0.284) | 1 | 0.750 |' in text
     for name in ('alpha', 'rank', 'parameters'):
         assert (tmp_path / f'{name}.png').stat().st_size > 10_000
     assert 'lora' not in call('report', '--methods', 'full')
