@@ -4,16 +4,16 @@ They take whole columns at a time: on COCO's 118,000 images to train on, less ti
 """
 import contextlib
 import difflib
-import gc
 import itertools
 import json
 import operator
 from collections import Counter
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Type
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Type
 
 import numpy as np
 
 from ..core.errors import SetupError
+from .masks import is_mask, pixels_of, runs_fit
 
 NUMBER, ID = {int, float}, {int, float, str}
 SAMPLE = 1000  # annotations whose polygons are looked at
@@ -28,18 +28,6 @@ HOW_TO_GIVE = {
     'iscrowd': 'Give each iscrowd=0, or 1 if its mask is that of a crowd',
     'segmentation': 'Give each its mask: polygons of at least three points, or run lengths',
 }
-
-
-@contextlib.contextmanager
-def without_garbage_collection() -> Iterator[None]:
-    """A context in which Python does not look at millions of lists again and again, whenever there are new ones."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
 
 
 def read_json(path: str) -> Any:
@@ -235,8 +223,13 @@ def segments(path: str, annotations: Sequence[Dict[str, Any]]) -> List[Dict[str,
     return [dict(segment, image_id=image_id) for image_id, entries in zip(of_image, lists) for segment in entries]
 
 
-def check_masks(path: str, entries: Sequence[Dict[str, Any]]) -> None:
-    """Raise a SetupError if one of these annotations has no segmentation at all, or one that is neither of its two kinds."""
+def check_masks(path: str, entries: Sequence[Dict[str, Any]], sizes: Sequence[Sequence[float]]) -> None:
+    """Check the masks of annotations of images of these sizes, (width, height) each.
+
+    Raises:
+        SetupError: If one has no segmentation at all, one that is neither of its two kinds, or run lengths that cannot be
+            decoded, or not to the size of the image.
+    """
     lacking = [a for a in entries if not (mask := a.get('segmentation')) or not (
         {'counts', 'size'} <= mask.keys() if isinstance(mask, dict) else
         isinstance(mask, list) and {type(part) for part in mask} == {list})]
@@ -246,6 +239,16 @@ def check_masks(path: str, entries: Sequence[Dict[str, Any]]) -> None:
             f'asks for masks; the first is that with {_name(lacking[0])}',
             f'{HOW_TO_GIVE["segmentation"]}. Or train boxes alone: a model without mask heads, with_mask=False in the '
             "pipelines, and metric='bbox' of the evaluators")
+    runs = [(a, *size) for a, size in zip(entries, sizes) if isinstance(a['segmentation'], dict)]
+    wrong = [each for each in runs if not runs_fit(each[0]['segmentation'], *each[1:])]
+    if wrong:
+        first, width, height = wrong[0]
+        size, pixels = first['segmentation']['size'], pixels_of(first['segmentation']['counts'])
+        raise SetupError(
+            f'{len(wrong)} of {len(runs)} masks of run lengths of {path} are not of the size of their image; the first, of '
+            f'the annotation with {_name(first)} in an image of {width:g}x{height:g}, has size={size!r:.40} and '
+            + ('unreadable counts' if pixels is None else f'counts of {pixels} pixels'),
+            'Give size=[height, width], and counts as pycocotools.mask.encode does, or as a list of run lengths')
 
 
 def usable(boxes: Boxes, masks: bool = False) -> Dict[str, np.ndarray]:
@@ -254,7 +257,7 @@ def usable(boxes: Boxes, masks: bool = False) -> Dict[str, np.ndarray]:
     width, height = boxes.size.T
     empty = (boxes.area <= 0) | (w < 1) | (h < 1)
     outside = (np.minimum(x + w, width) <= np.maximum(x, 0)) | (np.minimum(y + h, height) <= np.maximum(y, 0))
-    shapeless = np.array([not _is_mask(a.get('segmentation')) for a in boxes.entries] if masks else np.zeros(len(x)), bool)
+    shapeless = np.array([not is_mask(a.get('segmentation')) for a in boxes.entries] if masks else np.zeros(len(x)), bool)
     reasons = {'of other classes': ~boxes.wanted, 'smaller than a pixel or of area 0': empty,
                'outside their image': outside, 'of crowds': boxes.crowd, 'without a mask that can be used': shapeless}
     left, found = np.ones(len(x), bool), {}
@@ -275,7 +278,7 @@ def check_usable(path: str, content: Dict[str, Any], boxes: Boxes, masks: bool, 
         min_size: Images of less height or width are not used.
     """
     kept = usable(boxes)['kept'] & (boxes.size.min(1, initial=np.inf) >= min_size)
-    if any(not masks or _is_mask(boxes.entries[index].get('segmentation')) for index in np.flatnonzero(kept)):
+    if any(not masks or is_mask(boxes.entries[index].get('segmentation')) for index in np.flatnonzero(kept)):
         return
     found = usable(boxes, masks)
     del found['kept']
@@ -306,7 +309,8 @@ def check_ground_truth(path: str, content: Dict[str, Any], classes: Sequence[str
     column(path, 'annotations', entries, 'area', NUMBER)
     column(path, 'annotations', entries, 'iscrowd', {int, bool})
     if masks:
-        check_masks(path, entries)
+        sizes = {image['id']: (image.get('width') or 0, image.get('height') or 0) for image in content['images']}
+        check_masks(path, entries, [sizes[a['image_id']] for a in entries])
 
 
 def _indices(path: str, what: str, ids: Sequence[Any], entries: Sequence[Dict[str, Any]]) -> np.ndarray:
@@ -369,7 +373,7 @@ def _look_like_corners(boxes: Boxes, chosen: np.ndarray, beyond: np.ndarray) -> 
     as_corners = as_sizes = 0
     for index in indices[::max(1, len(indices) // SAMPLE)]:
         polygons = boxes.entries[index].get('segmentation')
-        if isinstance(polygons, list) and _is_mask(polygons):
+        if isinstance(polygons, list) and is_mask(polygons):
             points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in polygons if len(polygon) % 2 == 0])
             ends = np.concatenate([points.min(0), points.max(0)])
             bbox = boxes.xywh[index]
@@ -383,14 +387,6 @@ def _look_like_corners(boxes: Boxes, chosen: np.ndarray, beyond: np.ndarray) -> 
     area = (w - x) * (h - y)
     by_area = (x + y > 0) & (np.abs(boxes.area[chosen] - area) <= .01 * area)
     return corners.mean() > .95 and (beyond.mean() > .25 or len(x) >= 5 and by_area.mean() > .5)
-
-
-def _is_mask(segmentation: Any) -> bool:
-    """Whether MMDetection takes it for a mask, as far as one sees without decoding it."""
-    if isinstance(segmentation, dict):
-        return bool(segmentation.get('counts')) and bool(segmentation.get('size'))
-    return isinstance(segmentation, list) and any(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0
-                                                  for p in segmentation)
 
 
 def _name(entry: Dict[str, Any]) -> str:

@@ -30,7 +30,7 @@ from .config_tree import dicts, is_pretrained, type_name
 from .data import DataChecks
 from .data_files import check_coco
 from .datasets import classes_of, dataset_class, datasets_of, reads_coco, reads_voc
-from .files import file_error
+from .files import file_error, without_garbage_collection
 from .options import add_cfg_options, other_kinds
 from .plain import arguments_of
 from .voc import check_voc
@@ -228,7 +228,7 @@ def _check_evaluators(cfg: Config, split: str) -> None:
                                  f'Give it that of its data set: --cfg-options {key}.{option}=PATH')
         reads_coco_files = type_name(evaluator).endswith(('CocoMetric', 'CocoPanopticMetric', 'LVISMetric'))
         if reads_coco_files and osp.isfile(evaluator.get('ann_file') or ''):
-            with coco.without_garbage_collection():
+            with without_garbage_collection():
                 coco.check_lists(evaluator['ann_file'], coco.read_json(evaluator['ann_file']),
                                  ['images', 'categories'] + ['annotations'] * (not evaluator.get('format_only')))
 

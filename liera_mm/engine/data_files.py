@@ -10,13 +10,14 @@ from ..core.errors import SetupError
 from . import annotations as coco
 from .config_tree import type_name
 from .datasets import category_names, classes_of, dataset_class
+from .files import without_garbage_collection
 from .images import check_files, check_sizes
 
 PARSED: Dict[str, Dict[str, Any]] = {}
 """Content of annotation files that were checked, for the data sets that are built next; by path."""
 
 
-@coco.without_garbage_collection()
+@without_garbage_collection()
 def check_coco(split: str, dataset: Dict[str, Any], keep: bool = False) -> None:
     """Check the annotations of a ``CocoDataset`` by its config, and that the images are there that they name.
 
@@ -57,8 +58,9 @@ def check_coco(split: str, dataset: Dict[str, Any], keep: bool = False) -> None:
         masks = not issubclass(cls, CocoPanopticDataset) and any(
             type_name(step) == 'LoadAnnotations' and step.get('with_mask') for step in pipeline)
         if masks:
-            kept = coco.usable(boxes)['kept']
-            coco.check_masks(path, list(itertools.compress(boxes.entries, kept)))
+            found = coco.usable(boxes)
+            loaded = found['kept'] | found['of crowds']
+            coco.check_masks(path, list(itertools.compress(boxes.entries, loaded)), boxes.size[loaded].tolist())
         if not unlabelled or split == 'test':
             coco.check_usable(path, annotated, boxes, masks, min_size)
         if filter_cfg.get('filter_empty_gt'):
@@ -87,6 +89,6 @@ class _ReadBefore:
         super().__init__(annotation_file if content is None else None)
         if content is not None:
             self.dataset = content
-            with coco.without_garbage_collection():
+            with without_garbage_collection():
                 self.createIndex()
             self.img_ann_map, self.cat_img_map = self.imgToAnns, self.catToImgs

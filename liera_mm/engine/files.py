@@ -1,8 +1,10 @@
 """The files that a tool reads and writes: what keeps it from that, in two lines."""
+import contextlib
 import errno
+import gc
 import os.path as osp
 from pathlib import Path
-from typing import Sequence
+from typing import Iterator, Sequence
 
 from ..core.errors import SetupError
 
@@ -25,3 +27,15 @@ def check_out(outs: Sequence[Path], *inputs: str) -> None:
     overwritten = [path for path in outs if osp.realpath(path) in read]
     if overwritten:
         raise SetupError(f'{overwritten[0]} is read, and would be overwritten', 'Give another name as OUT')
+
+
+@contextlib.contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """A context in which Python does not look at millions of lists again and again, whenever there are new ones."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()

@@ -17,6 +17,8 @@ from mmengine.structures import InstanceData
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
+from .masks import is_mask, runs_fit
+
 
 def to_sample(boxes: np.ndarray, labels: list, zoom: int, masks: Optional[np.ndarray],
               scores: Optional[np.ndarray] = None) -> InstanceData:
@@ -133,7 +135,9 @@ def _mask(entry: Dict[str, Any], info: Dict[str, Any], size: Sequence[int]) -> n
     segmentation = entry.get('segmentation')
     if isinstance(segmentation, list):
         segmentation = [polygon for polygon in segmentation if isinstance(polygon, list) and len(polygon) >= 6]
-    if not segmentation or not isinstance(segmentation, (list, dict)):
+    undecodable = isinstance(segmentation, dict) and not (
+        is_mask(segmentation) and runs_fit(segmentation, info['width'], info['height']))
+    if not segmentation or not isinstance(segmentation, (list, dict)) or undecodable:
         return np.zeros(size[::-1], np.uint8)
     if isinstance(segmentation, list) or isinstance(segmentation['counts'], list):
         segmentation = rle.frPyObjects(segmentation, info['height'], info['width'])

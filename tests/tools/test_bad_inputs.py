@@ -20,6 +20,7 @@ import torch
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from PIL import Image
+from pycocotools import mask as rle
 from safetensors.torch import load_file, save_file
 
 from liera_mm.engine.checkpoint import read_checkpoint
@@ -112,9 +113,9 @@ def first(entries, key, value=None, split='train'):
     return annotations(edit, split)
 
 
-def repeat(entries, **changes):
+def repeat(entries, split='train', **changes):
     """Annotations with a changed copy of the first entry of a list."""
-    return annotations(lambda content: content[entries].append(dict(content[entries][0], **changes)))
+    return annotations(lambda content: content[entries].append(dict(content[entries][0], **changes)), split)
 
 
 def corners(annotation):
@@ -139,6 +140,9 @@ def turned(data):
 def annotated_lying(content):
     image = min(content['images'], key=lambda image: image['file_name'])
     image.update(width=160, height=120)
+    for annotation in content['annotations']:
+        if annotation['image_id'] == image['id']:
+            annotation['segmentation'] = [[1, 2, 30, 2, 30, 40]]
 
 
 def rename_categories(content):
@@ -347,6 +351,20 @@ BAD_INPUTS = {
     'one mask as a text': (first('annotations', 'segmentation', '1 2 30 2 30 40'), '1 of'),
     'one mask as a number': (first('annotations', 'segmentation', 7), '1 of'),
     'one mask of run lengths without a size': (first('annotations', 'segmentation', dict(counts=[3, 4])), '1 of'),
+    'run lengths of another size than the image': (
+        first('annotations', 'segmentation', dict(size=[60, 80], counts=[40, 60, 4700])), 'has size=[60, 80]'),
+    'run lengths whose size is turned': (
+        each('annotations', segmentation=lambda annotation: dict(annotation['segmentation'], size=[80, 320])), '31 of 31'),
+    'run lengths of too few pixels': (
+        first('annotations', 'segmentation', dict(size=[160, 160], counts=[40, 60])), 'counts of 100 pixels'),
+    'run lengths that are negative': (
+        first('annotations', 'segmentation', dict(size=[160, 160], counts=[40, -60, 25620])), 'unreadable counts'),
+    'run lengths that are torn': (
+        first('annotations', 'segmentation', dict(size=[160, 160], counts='df4X')), 'unreadable counts'),
+    'run lengths of a crowd, to validate with': (
+        repeat('annotations', 'val', id=99, iscrowd=1, segmentation=dict(size=[160, 160], counts=[40, 60])),
+        'counts of 100 pixels'),
+    'a crowd without a mask': (repeat('annotations', id=99, iscrowd=1, segmentation=None), '1 of'),
     'masks of two points': (each('annotations', segmentation=[[1, 2, 3, 4]]), 'without a mask that can be used'),
     'no masks to validate with': (
         both(each('annotations', 'val', segmentation=None), options(**{
@@ -574,6 +592,16 @@ def test_what_stock_mmdetection_does_without(options, start):
 def test_rank_above_the_dimensions(start):
     log = log_of(start(liera(rank=30)))
     assert 'the rank is above the dimensions of 16 layers, such as backbone.downsample_layers.0.0' in log
+
+
+def test_run_lengths_as_text(start):
+    """As pycocotools and most data sets have them; those of the digits are lists."""
+
+    def text(annotation):
+        run_lengths = rle.frPyObjects(annotation['segmentation'], 160, 160)
+        return dict(run_lengths, counts=run_lengths['counts'].decode())
+
+    log_of(start(both(each('annotations', segmentation=text), each('annotations', 'val', segmentation=text))))
 
 
 @pytest.mark.parametrize('count', [1, 6])

@@ -16,6 +16,7 @@ from unittest.mock import patch
 # Before anything of MMDetection, which may need the operators that liera_mm stands in for
 from liera_mm.engine import annotations as coco
 from liera_mm.engine.data_files import check_coco
+from liera_mm.engine.files import without_garbage_collection
 
 # isort: split
 import numpy as np
@@ -64,7 +65,7 @@ def main() -> None:
         config = dict(dataset, type='CocoDataset', pipeline=PIPELINE, backend_args=dict(backend='local'))  # of no images
         if not args.checks_only:
             print('CocoDataset alone         ', cost(CocoDataset, **dataset))
-        with coco.without_garbage_collection():
+        with without_garbage_collection():
             print('reading the JSON file     ', cost(coco.read_json, str(path)))
             content = coco.read_json(str(path))
             with patch.object(coco, 'read_json', lambda path: content):
