@@ -1,13 +1,17 @@
 """Reading config files: the file that a path means, its options and choices, and what is wrong with it."""
+import contextlib
 import difflib
+import logging
 import os.path as osp
 import re
 import traceback
 import unicodedata
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 from mmengine.config import Config
+from mmengine.logging import print_log
 
 from ..core.errors import SetupError
 from .auto_classes import fill_classes
@@ -83,21 +87,78 @@ def load_config(path: str, options: Optional[Dict[str, Any]] = None) -> Config:
 
 
 def read_config(path: str) -> Config:
-    """Read a config file; a SetupError says what is wrong with it, or with what it imports or takes for its base."""
+    """Read a config file, and import what it and its bases name as ``custom_imports``.
+
+    MMEngine would not import those of the bases, for a list replaces that of a base.
+
+    Raises:
+        SetupError: What is wrong with it, or with what it imports or takes for its base.
+    """
     try:
-        return Config.fromfile(path)
+        with _custom_imports() as wanted:
+            cfg = Config.fromfile(path)
     except Exception as error:  # of every kind, for a config is a program
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
                  if osp.abspath(frame.filename) == osp.abspath(path)]
         line = getattr(error, 'lineno', None) or (lines or [None])[-1]
-        text = str(error).strip().partition('\n')[0] or traceback.extract_tb(error.__traceback__)[-1].line
-        missing = isinstance(error, FileNotFoundError) and re.search(r'(\S+\.py)', text.replace('"', ' ').replace("'", ' '))
-        close = missing and _closest(missing[1], [str(p) for p in Path(missing[1]).parent.glob('*.py')])
-        remedy = (f'The closest ones are {close}' if close else
-                  'The base has no such part: see it with print(Config.fromfile(...)) of mmengine'
-                  if isinstance(error, KeyError) else 'Correct it')
-        raise SetupError(f'{path}{f", line {line}," * bool(line)} cannot be read: {type(error).__name__}: {text}',
-                         remedy) from error
+        raise SetupError(f'{path}{f", line {line}," * bool(line)} cannot be read: {type(error).__name__}: {_reason(error)}',
+                         _remedy(error)) from error
+    imports = (cfg.get('custom_imports') or {}).get('imports')
+    if isinstance(imports, (list, tuple, str)):
+        imports = [imports] if isinstance(imports, str) else [*imports]
+        for name in wanted:
+            if name not in imports:
+                try:
+                    import_module(name)
+                    imports.append(name)
+                except ImportError as error:
+                    print_log(f'{name}, of custom_imports of a base of {path}, cannot be imported: {error}', 'current',
+                              logging.WARNING)
+        cfg.custom_imports.imports = imports
+    return cfg
+
+
+@contextlib.contextmanager
+def _custom_imports() -> Iterator[List[str]]:
+    """A context that collects the modules that config files name as ``custom_imports``, bases first."""
+    names, read = [], Config._file2dict
+
+    def read_and_note(*args: Any, **kwargs: Any) -> Any:
+        result = read(*args, **kwargs)
+        imports = (result[0].get('custom_imports') or {}).get('imports') or ()
+        names.extend([imports] if isinstance(imports, str) else imports)
+        return result
+
+    Config._file2dict = staticmethod(read_and_note)
+    try:
+        yield names
+    finally:
+        Config._file2dict = staticmethod(read)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what is wrong with a config; where a custom import failed, of why it did."""
+    text = str(error).strip().partition('\n')[0].partition(', the current sys.path')[0]
+    cause = error
+    while isinstance(cause, ImportError) and (cause.__cause__ or cause.__context__):
+        cause = cause.__cause__ or cause.__context__
+    text = text or traceback.extract_tb(error.__traceback__)[-1].line
+    return text if cause is error else f'{text}: {cause}'
+
+
+def _remedy(error: Exception) -> str:
+    text = _reason(error)
+    missing = isinstance(error, FileNotFoundError) and re.search(r'(\S+\.py)', text.replace('"', ' ').replace("'", ' '))
+    close = missing and _closest(missing[1], [str(p) for p in Path(missing[1]).parent.glob('*.py')])
+    if close:
+        return f'The closest ones are {close}'
+    if isinstance(error, ImportError):
+        return ('Correct it, or install it; a module of your own is found if PYTHONPATH has the folder that it is in: '
+                'PYTHONPATH=FOLDER tools/train.py ...')
+    if isinstance(error, KeyError):
+        return ('Take one of the bases for the base of another, whose settings it changes' if 'Duplicate' in text else
+                'The base has no such part: see it with print(Config.fromfile(...)) of mmengine')
+    return 'Correct it'
 
 
 def _closest(name: str, known: Sequence[str]) -> str:

@@ -122,13 +122,31 @@ def test_the_edit_keeps_the_hooks_of_its_base(tmp_path, base, hooks):
     assert {'checkpoint', 'logger'} < cfg.default_hooks.keys()
 
 
+def test_the_edit_keeps_the_imports_of_its_base(tmp_path, monkeypatch):
+    """MMEngine imports the last list alone; what MMEngine reads in the work dir has all of them."""
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ('own_neck', 'own_head'):
+        (tmp_path / f'{name}.py').write_text('from mmdet.models import FPN\nfrom mmdet.registry import MODELS\n'
+                                             f"MODELS.register_module('{name}', module=type('{name}', (FPN, ), {{}}))")
+    (tmp_path / 'first.py').write_text("custom_imports = dict(imports=['own_neck', 'not_there'])\nmodel = dict(backbone={})")
+    (tmp_path / 'second.py').write_text("_base_ = 'first.py'\ncustom_imports = dict(imports='own_head')")
+    path = tmp_path / 'config.py'
+    path.write_text(re.sub("'mmdet::.*'", "'second.py'", EDIT))
+    assert cli.load_config(str(path)).custom_imports.imports == ['liera_mm', 'own_neck', 'own_head']
+    assert {'own_neck', 'own_head'} <= MODELS.children['mmdet'].module_dict.keys()
+
+
 @pytest.mark.parametrize('right, wrong, problem, remedy', [
     ('rank=8)))', 'rank=8))', 'line .*, cannot be read: SyntaxError: ', 'Correct it'),
     ('r50_fpn_1x', 'r50_fpn_1', 'cannot be read: FileNotFoundError: .*faster-rcnn_r50_fpn_1_coco.py',
      'The closest ones are .*/faster-rcnn_r50_fpn_1x_coco.py'),
     ('mmdet::', 'mmdett::', 'cannot be read: .*mmdett', 'Correct it'),
     ("'mmdet::", "'nowhere/", 'cannot be read: FileNotFoundError: .*nowhere', 'Correct it'),
-    ("'liera_mm'", "'liera_mn'", "cannot be read: ImportError: .*'liera_mn'", 'Correct it'),
+    ("'liera_mm'", "'liera_mn'", "cannot be read: ImportError: .*'liera_mn'.* No module named 'liera_mn'$",
+     'Correct it, or install it.* PYTHONPATH'),
+    ("_base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'",
+     "_base_ = ['mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', 'mmdet::_base_/datasets/coco_detection.py']",
+     'cannot be read: KeyError: .*Duplicate key', 'Take one of the bases for the base of another'),
     ('rank=8', 'rank=r', "line 3, cannot be read: NameError: name 'r' is not defined", 'Correct it'),
     ('_base_.model.backbone', '_base_.model.backbon', "cannot be read: KeyError: 'backbon'", 'The base has no such part'),
     ('_base_ =', 'base =', "cannot be read: KeyError: 'model'", 'The base has no such part'),
