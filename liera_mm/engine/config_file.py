@@ -21,6 +21,9 @@ from .options import check_kinds, merge_options
 LOOK_ALIKES = str.maketrans(dict(zip('\u0430\u0435\u0456\u043e\u0440\u0441\u0445\u0443', 'aeiopcxy')))
 """Cyrillic letters that look like the Latin ones of file names."""
 
+HOOKS_OF_RUNNERS = 'runtime_info', 'timer', 'sampler_seed', 'logger', 'param_scheduler', 'checkpoint'
+"""Names of the default hooks that MMEngine's Runner has by itself."""
+
 
 def find_config(path: str) -> str:
     """The config file that a path means, look-alike letters resolved.
@@ -59,6 +62,7 @@ def load_config(path: str, options: Optional[Dict[str, Any]] = None) -> Config:
     ``choices=dict(task=dict(name=dict(...), ...), ...)``, ``task=name`` merges the settings of that name.
 
     A config with ``auto_classes=True`` gets the classes of its annotations (:func:`fill_classes`), and no longer has that.
+    ``default_hooks=dict(liera=None)`` takes a hook out that a base has, as MMEngine does with hooks of its own alone.
 
     Raises:
         SetupError: If there is no such config, or no choice of that name, or the config has no ``data_root`` to move; if
@@ -83,6 +87,9 @@ def load_config(path: str, options: Optional[Dict[str, Any]] = None) -> Config:
         merge_options(cfg, options)  # what they say about classes counts
     cfg.pop('auto_classes', None)
     check_kinds(cfg)
+    for name, hook in [*(cfg.get('default_hooks') or {}).items()]:
+        if hook is None and name not in HOOKS_OF_RUNNERS:
+            del cfg.default_hooks[name]
     return cfg
 
 

@@ -87,7 +87,8 @@ class LieRAHook(Hook):
         if not backbones:
             raise SetupError(
                 'LieRAHook found no adapted backbone in the model.',
-                'Set its type to LieRAConvNeXt or LieRABackbone with liera=dict(...), or take the hook out of custom_hooks')
+                'Set its type to LieRAConvNeXt or LieRABackbone with liera=dict(...), or take the hook out of custom_hooks, '
+                'or of default_hooks with default_hooks=dict(liera=None)')
         _start_together(runner, model)
         loop = runner.train_loop
         if isinstance(loop, EpochBasedTrainLoop):

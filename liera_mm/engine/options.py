@@ -10,7 +10,7 @@ from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 
 from ..core.errors import SetupError
-from .config_tree import dicts, is_pretrained
+from .config_tree import dicts, is_pretrained, type_name
 
 READ_BY_OTHERS = {'auto_scale_lr', 'tta_model', 'tta_pipeline', 'runner_type', 'strategy'}
 """Options of a config that MMEngine's Runner does not take itself."""
@@ -99,7 +99,7 @@ def merge_options(cfg: Config, options: Dict[str, Any]) -> None:
         if first not in known and meant:
             raise SetupError(f'--cfg-options {key} changes nothing: the config has no {first}', f'Did you mean {meant[0]}?')
         try:
-            cfg.merge_from_dict(dict([_whole(cfg, key, value)]))
+            cfg.merge_from_dict(dict([_whole(cfg, _inner(cfg, key), value)]))
         except (KeyError, TypeError, AttributeError) as error:
             place = key
             while '.' in place and _get(cfg, place) is None:
@@ -110,12 +110,27 @@ def merge_options(cfg: Config, options: Dict[str, Any]) -> None:
                              '_delete_=True in a dict replaces what is there') from error
 
 
+def _inner(cfg: Config, key: str) -> str:
+    """The key of an argument of a backbone that is in a LieRABackbone by now: ``model.backbone.frozen_stages``."""
+    parts = key.split('.')
+    for index in range(1, len(parts)):
+        parent = _get(cfg, '.'.join(parts[:index]))
+        wrapped = parent.get('backbone') or () if type_name(parent) == 'LieRABackbone' else ()
+        if parts[index] in wrapped and parts[index] not in parent:
+            return '.'.join([*parts[:index], 'backbone', *parts[index:]])
+    return key
+
+
 def check_kinds(cfg: Config) -> None:
     """Raise a SetupError if a config has a text, number or list for a dict, or anything else for a list of dicts."""
     loaders = [f'{split}_dataloader' for split in ('train', 'val', 'test')]
     for key in (*DICTS, *loaders, *(f'{loader}.dataset' for loader in loaders)):
         _check_kind(key, _get(cfg, key))
-    for name, hook in (cfg.get('default_hooks') or {}).items():
+    hooks = cfg.get('default_hooks') or {}
+    if 'type' in hooks:
+        raise SetupError(f'The config has default_hooks=dict(type={hooks["type"]!r:.100}), a hook without a name',
+                         f'Give it one: default_hooks=dict(liera=dict(type={hooks["type"]!r:.100}))')
+    for name, hook in hooks.items():
         _check_kind(f'default_hooks.{name}', hook)
     for key in ('param_scheduler', 'val_evaluator', 'test_evaluator'):
         _check_kind(key, cfg.get(key), DICT_OR_LIST)
@@ -125,6 +140,7 @@ def check_kinds(cfg: Config) -> None:
             _check_kind(f'{key}.pipeline', node.get('pipeline'), LIST)
             _check_kind(f'{key}.metainfo', node.get('metainfo'))
     for key, node in dicts(cfg.get('model'), 'model'):
+        _check_kind(f'{key}.init_cfg', node.get('init_cfg') or None, DICT_OR_LIST)
         if is_pretrained(node) and not isinstance(node.get('checkpoint'), str):
             raise SetupError(f'{key} of the config has no checkpoint', f'Give it one, {key}.checkpoint=FILE, or take it out')
     if not isinstance(cfg.get('resume'), (bool, int, type(None))):

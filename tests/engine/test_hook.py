@@ -418,7 +418,7 @@ def test_an_optimizer_with_other_groups_does_not_resume(make_runner, trained):
     refused(runner.train, r'optimizer has \d+ tensors in \d+ groups, this one \d+ in 1\.\n.*MMEngine of the checkpoint')
 
 
-@pytest.mark.parametrize('changed', [{'update': 'additive'}, {'alpha': 16}])
+@pytest.mark.parametrize('changed', [{'update': 'additive'}, {'alpha': 32}])
 def test_checkpoint_of_other_settings_is_refused(make_runner, trained, changed):
     """They give the same tensors another meaning: the metrics would be wrong without a word."""
     options = {f'model.backbone.liera.{name}': value for name, value in changed.items()}

@@ -119,6 +119,7 @@ def test_later_options_count(auto, digits):
     ("custom_hooks=dict(type='LieRAHook')", "has custom_hooks={'type': 'LieRAHook'}"),
     ('default_hooks=[]', 'has default_hooks=\\[\\]'),
     ('default_hooks.logger=LoggerHook', "has default_hooks.logger='LoggerHook'"),
+    ('default_hooks.type=LieRAHook', "has default_hooks=dict\\(type='LieRAHook'\\), a hook without a name"),
     ('train_dataloader.dataset=CocoDataset', "has train_dataloader.dataset='CocoDataset'"),
     ('train_dataloader.dataset.pipeline=Resize', "pipeline='Resize'"),
     ('train_dataloader.dataset.metainfo=digits', "metainfo='digits'"),
@@ -126,6 +127,7 @@ def test_later_options_count(auto, digits):
     ('param_scheduler=3', 'has param_scheduler=3'),
     ('randomness=3', 'has randomness=3'),
     ('load_from=[]', 'has load_from=\\[\\], which is no path'),
+    ('model.neck.init_cfg=FILE', "has model.neck.init_cfg='FILE'"),
     ('model.init_cfg.type=Pretrained', 'model.init_cfg of the config has no checkpoint'),
 ])
 def test_what_cannot_be_meant(text, problem):
@@ -142,3 +144,31 @@ def test_a_key_of_the_users_own_is_none_misspelt():
 def test_hooks_without_ours(text):
     with pytest.raises(SetupError, match='no LieRAHook'):
         cli.check_hook(load(text))
+
+
+@pytest.mark.parametrize('option, key', [
+    ('model.backbone.init_cfg.checkpoint=FILE', 'init_cfg.checkpoint'), ('model.backbone.depth=101', 'depth'),
+    ('model.backbone.init_cfg=None', 'init_cfg'), ('model.backbone.norm_cfg.requires_grad=False', 'norm_cfg.requires_grad')])
+def test_options_for_a_backbone_reach_it_in_a_LieRABackbone(tmp_path, option, key):
+    """Those of scripts that were written for the config as it was."""
+    path = tmp_path / 'config.py'
+    path.write_text(f"""
+_base_ = {DIGITS!r}
+model = dict(backbone=dict(_delete_=True, type='LieRABackbone', liera=dict(rank=2), backbone=dict(
+    type='ResNet', depth=50, norm_cfg=dict(type='BN'), init_cfg=dict(type='Pretrained', checkpoint='there.pth'))))""")
+    cfg = cli.load_config(str(path), options(option))
+    assert cfg.model.backbone.keys() == {'type', 'backbone', 'liera'}
+    value = cfg.model.backbone.backbone
+    for name in key.split('.'):
+        value = value[name]
+    assert value == options(option)[option.partition('=')[0]]
+    assert cfg.model.backbone.backbone.init_cfg is None or cfg.model.backbone.backbone.init_cfg.type == 'Pretrained'
+
+
+@pytest.mark.parametrize('in_config', [False, True])
+def test_hooks_that_are_taken_out(tmp_path, in_config):
+    path = tmp_path / 'config.py'
+    path.write_text(f'_base_ = {str(DIGITS)!r}\n' + 'default_hooks = dict(visualization=None)' * in_config)
+    given = ['default_hooks.logger=None'] + ['default_hooks.visualization=None'] * (not in_config)
+    hooks = cli.load_config(str(path), options(*given)).default_hooks
+    assert 'visualization' not in hooks and hooks['logger'] is None  # which the Runner takes out

@@ -266,7 +266,7 @@ BAD_INPUTS = {
     'base weights of another architecture': (
         options(**{'model.backbone.arch.channels': '[24,48,96,128]', 'model.neck.in_channels': '[24,48,96,128]'}),
         'does not fit LieRAConvNeXt'),
-    'checkpoint of other settings': (both(evaluate(), liera(alpha=16)), 'alpha 8, here 16'),
+    'checkpoint of other settings': (both(evaluate(), liera(alpha=32)), 'alpha 16, here 32'),
     'checkpoint of another head': (
         both(evaluate(), options(**{'model.roi_head.bbox_head.fc_out_channels': 64})), 'the shape of roi_head.bbox_head'),
     'checkpoint without adapters': (
