@@ -187,6 +187,10 @@ class AdaptedLayer:
             self.start_anew()
         return self
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise SetupError(f'torch.jit.script cannot compile an adapted {self.original_class.__name__}.',
+                         'Call liera_mm.merge_and_unload(model) first; or use torch.jit.trace')
+
     def __reduce__(self):
         # Classes made for subclasses of torch's layers exist at run time only: pickle by the class they were made from.
         # A copy of one whose adapter is off is merged, with the frozen weight, until it is asked for another

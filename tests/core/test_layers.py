@@ -25,9 +25,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from liera_mm import adapt, adapter_state_dict, export, load_adapter, merge, save_adapter, unmerge
+from liera_mm import adapt, adapter_state_dict, export, load_adapter, merge, merge_and_unload, save_adapter, unmerge
 from liera_mm.core.adapt import SCALES
 from liera_mm.core.algebra import METHODS
+from liera_mm.core.errors import SetupError
 from liera_mm.core.group import UPDATES
 from liera_mm.core.layers import adapt_layer, adapted_class
 
@@ -763,6 +764,20 @@ def test_symbolic_trace(case, make):
     traced(case.x).sum().backward()
     for parameter, reference in zip(trained(case.layer), expected):
         assert_close(parameter.grad, reference, 1e-5)
+
+
+@pytest.mark.parametrize('fold', [merge, unmerge], ids=['merged', 'unmerged'])
+@few_cases('linear', 'grouped')
+def test_deploying_without_unloading(case, fold):
+    """torch.jit.script would have to compile the adapter, and says what to do instead."""
+    train(case.layer)
+    model = fold(nn.Sequential(case.layer))
+    assert_close(torch.jit.trace(model, case.x)(case.x), model(case.x))
+    if digit_version(torch.__version__) >= digit_version('2.6'):
+        assert_close(torch.export.export(model, (case.x, )).module()(case.x), model(case.x))
+    with pytest.raises(SetupError, match=r'jit.script cannot compile .*\n.*merge_and_unload\(model\).*jit.trace'):
+        torch.jit.script(model)
+    assert_close(torch.jit.script(merge_and_unload(model))(case.x), model(case.x))
 
 
 @pytest.mark.parametrize('method', METHODS)
