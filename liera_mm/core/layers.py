@@ -249,7 +249,7 @@ def check_layer(layer: nn.Module) -> None:
         raise TypeError('its weight is computed from other parameters (a parametrization or weight norm); remove that first')
     if not weight.is_floating_point():
         raise TypeError(f'its weight is of type {weight.dtype} (quantised, or packed), which no Δ can be applied to')
-    if weight.dim() < 2:
+    if weight.dim() < 2 or not weight.numel():
         raise TypeError(f'its weight has the shape {tuple(weight.shape)}, which is no matrix or kernel')
     for name in (*vars(AdaptedLayer), *AdaptedLayer.added):
         if hasattr(layer, name) and not (name == 'weight' or hasattr(nn.Module, name)):

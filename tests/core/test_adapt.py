@@ -326,7 +326,9 @@ def test_layers_with_a_forward_of_their_own(make, perturb):
     lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4)),
     lambda: nn.utils.spectral_norm(nn.Linear(3, 4)),
     packed,
-], ids=['weight_norm', 'spectral_norm', 'old_spectral_norm', 'packed'])
+    lambda: nn.Linear(0, 3),
+    lambda: nn.Conv2d(4, 0, 3),
+], ids=['weight_norm', 'spectral_norm', 'old_spectral_norm', 'packed', 'no inputs', 'no outputs'])
 def test_layers_that_cannot_be_adapted(make, caplog):
     """Those that a target names are refused; of a kind, they are left out with a line in the log."""
     assert_refused(nn.Sequential(nn.Linear(2, 2), make()), TypeError, '^1: ', targets=['1'])
