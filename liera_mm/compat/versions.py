@@ -1,10 +1,11 @@
 """Versions of other packages: too old ones are refused, and those that do not fit each other are made to."""
+import contextlib
 import functools
 import platform
 import re
 import runpy
 import sys
-from importlib import metadata
+from importlib import import_module, metadata
 from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,12 +51,16 @@ def install() -> None:
     - A torchvision that was built for another torch is refused.
     - mmdet 3.3 and mmsegmentation 1.2 take any mmcv 2, not only those below 2.2.
     - mmdet's PointAssigner, that of RepPoints, works on a GPU, where it indexes a tensor on the host.
+    - MMEngine finds ``mmdet.models.losses.smooth_l1_loss.L1Loss``, as it writes that class of a pure Python-style config, in
+      the module of that name, and not only in the function that mmdet.models.losses has under it too.
     - Configs of mmsegmentation are found under ``mmseg::`` where it is installed as onedl-mmsegmentation.
     """
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
     if 'mmpretrain.utils.dependency' in sys.modules:
         _without_multimodal(sys.modules['mmpretrain.utils.dependency'])
+    if 'mmengine.registry.registry' in sys.modules:
+        _with_modules_behind_functions(sys.modules['mmengine.registry.registry'])
     if 'mmengine.config.utils' in sys.modules:
         _with_renamed_mmsegmentation(sys.modules['mmengine.config.utils'])
 
@@ -121,6 +126,23 @@ def _with_points_on_their_device(module, run: Callable) -> None:
     module.PointAssigner.assign = assign_on_device
 
 
+def _with_modules_behind_functions(module, run: Callable = lambda module: None) -> None:
+    run(module)
+    find = module.get_object_from_string
+    if hasattr(find, '__wrapped__'):
+        return
+
+    @functools.wraps(find)
+    def find_in_modules_too(name: str):
+        found, (parent, _, leaf) = find(name), name.rpartition('.')
+        if found is None and parent:
+            with contextlib.suppress(ImportError):
+                found = getattr(import_module(parent), leaf, None)
+        return found
+
+    module.get_object_from_string = find_in_modules_too
+
+
 def _with_renamed_mmsegmentation(module, run: Callable = lambda module: None) -> None:
     run(module)
     try:
@@ -133,6 +155,7 @@ def _with_renamed_mmsegmentation(module, run: Callable = lambda module: None) ->
 class _Finder(MetaPathFinder):
     """Has some modules of other packages executed in the way that is given for them."""
     ways = {
+        'mmengine.registry.registry': _with_modules_behind_functions,
         'mmengine.config.utils': _with_renamed_mmsegmentation,
         'mmpretrain.utils.dependency': _without_multimodal,
         'transformers.modeling_utils': _or_import_error,

@@ -1,9 +1,11 @@
 """Reading config files: the file that a path means, its options and choices, and what is wrong with it."""
+import collections
 import contextlib
 import difflib
 import logging
 import os.path as osp
 import re
+import sys
 import traceback
 import unicodedata
 from importlib import import_module
@@ -15,7 +17,7 @@ from mmengine.logging import print_log
 
 from ..core.errors import SetupError
 from .auto_classes import fill_classes
-from .config_tree import replace_prefix
+from .config_tree import dicts, replace_prefix
 from .options import check_kinds, merge_options
 
 LOOK_ALIKES = str.maketrans(dict(zip('\u0430\u0435\u0456\u043e\u0440\u0441\u0445\u0443', 'aeiopcxy')))
@@ -104,6 +106,8 @@ def read_config(path: str) -> Config:
     try:
         with _custom_imports() as wanted:
             cfg = Config.fromfile(path)
+            for key in cfg.to_dict():  # of a pure Python-style config, this imports what it uses
+                collections.deque(dicts(cfg[key], key), maxlen=0)
     except Exception as error:  # of every kind, for a config is a program
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
                  if osp.abspath(frame.filename) == osp.abspath(path)]
@@ -157,6 +161,13 @@ def _remedy(error: Exception) -> str:
     text = _reason(error)
     missing = isinstance(error, FileNotFoundError) and re.search(r'(\S+\.py)', text.replace('"', ' ').replace("'", ' '))
     close = missing and _closest(missing[1], [str(p) for p in Path(missing[1]).parent.glob('*.py')])
+    if close:
+        return f'The closest ones are {close}'
+    if isinstance(error, RecursionError):
+        return ('A part of it holds itself: in the place of model.update(...), write model.backbone = '
+                'dict(type=LieRABackbone, backbone=model.backbone, liera=dict(...))')
+    name = re.match(r'Failed to import (\w+) from ([\w.]+) ', text)
+    close = _closest(name[1], dir(sys.modules.get(name[2]))) if name else ''
     if close:
         return f'The closest ones are {close}'
     if isinstance(error, ImportError):

@@ -1,5 +1,7 @@
 """Configs of this package as stock MMDetection reads them."""
+import contextlib
 import inspect
+from importlib import import_module
 from typing import Any, Dict, Iterable, Iterator, Optional, Set, Tuple
 
 from mmengine.config import Config
@@ -79,6 +81,9 @@ class _Plain:
         if isinstance(node, str) and node.startswith('liera://'):
             return None
         if key.endswith('.type') and isinstance(node, str):
+            hidden = _behind_a_function(node)
+            if hidden is not None:
+                return self.name(hidden, key)
             self.note_scope(node.partition('.')[0])
         return node
 
@@ -133,6 +138,15 @@ def _leave_out_sources(node: Any) -> None:
             node['init_cfg'] = [cfg for cfg in init_cfg if 'checkpoint' not in cfg]
         elif isinstance(init_cfg, dict) and 'checkpoint' in init_cfg:
             node['init_cfg'] = None
+
+
+def _behind_a_function(name: str) -> Optional[type]:
+    """The class of a dotted name that stock MMEngine does not find, for a function has the name of its module; or None."""
+    parent, _, leaf = name.rpartition('.')
+    if '.' in parent and get_object_from_string(name) is None:
+        with contextlib.suppress(ImportError):
+            return getattr(import_module(parent), leaf, None)
+    return None
 
 
 def _is_ours(value: Any) -> bool:

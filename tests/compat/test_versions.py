@@ -178,3 +178,12 @@ def test_multimodal_part_is_switched_off_only_where_it_cannot_be_imported(mmpret
     # mmpretrain.utils may be there already; mmpretrain.models looks the flag up when it is imported.
     check_python('from mmpretrain.utils import dependency; compat.install(); '
                  f'assert dependency.WITH_MULTIMODAL is {on}', tmp_path)
+
+
+def test_classes_in_modules_that_functions_hide():
+    from mmdet.models import L1Loss
+    from mmengine.registry import MODELS
+    versions.install()  # once more
+    assert MODELS.get('mmdet.models.losses.smooth_l1_loss.L1Loss') is L1Loss
+    assert MODELS.get('mmdet.models.losses.smooth_l1_loss.L3Loss') is None
+    assert MODELS.get('mmdet.models.losses.nowhere.L1Loss') is None

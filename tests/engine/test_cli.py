@@ -173,6 +173,51 @@ def test_work_dir(tmp_path, given, in_config, expected):
 
 # Data
 
+PURE = """
+from mmengine.config import read_base
+with read_base():
+    from .base import *
+from liera_mm import LieRABackbone, LieRAHook
+""" + re.search('```python\n(model.backbone = .*?)```', (ROOT / 'README.md').read_text(), re.S)[1]
+
+
+@pytest.fixture
+def pure(tmp_path):
+    """A function that reads a pure Python-style config with the edit."""
+    (tmp_path / 'base.py').write_text('from mmdet.models import FasterRCNN, ResNet\ndefault_hooks = dict()\n'
+                                      'model = dict(type=FasterRCNN, backbone=dict(type=ResNet, depth=18))')
+
+    def load(text):
+        (tmp_path / 'config.py').write_text(text)
+        return cli.load_config(str(tmp_path / 'config.py'))
+
+    return load
+
+
+def test_the_edit_in_pure_python(pure):
+    cfg = pure(PURE)
+    cli.check_hook(cfg)
+    backbone = cfg.model.backbone
+    assert backbone.type is MODELS.get('LieRABackbone') and backbone.backbone.type is MODELS.get('mmdet.ResNet')
+    assert backbone.backbone.depth == 18 and backbone.liera == dict(rank=8)
+
+
+@pytest.mark.parametrize('right, wrong, problem, remedy', [
+    ('LieRABackbone', 'LieraBackbone', 'Failed to import LieraBackbone from liera_mm', 'The closest ones are LieRABackbone'),
+    ('import LieRABackbone', 'import Nothing, LieRABackbone', '', ''),  # which is not used
+    ('from liera_mm', 'from liera_nn', "'liera_nn'", 'Correct it, or install it'),
+    ('model.backbone = dict(type=LieRABackbone, backbone=model.backbone, liera=dict(rank=8))',
+     'model.update(dict(backbone=dict(_delete_=True, type=LieRABackbone, backbone=model.backbone)))', 'RecursionError',
+     'A part of it holds itself: .* write model.backbone = ')])
+def test_slips_in_pure_python(pure, right, wrong, problem, remedy):
+    assert right in PURE
+    if not problem:
+        pure(PURE.replace(right, wrong))
+        return
+    lines = problem_of(pure, PURE.replace(right, wrong))
+    assert re.search(f'cannot be read: .*{problem}', lines[0]) and re.match(remedy, lines[1]), lines
+
+
 @pytest.fixture
 def data(tmp_path, digits):
     return shutil.copytree(digits, tmp_path / 'data')

@@ -156,6 +156,13 @@ def test_pure_python_configs(tmp_path):
     assert 'liera' not in cfg.pretty_text.lower()
 
 
+def test_a_class_in_a_module_that_a_function_hides():
+    """As MMEngine writes it of a pure Python-style config, and cannot read it."""
+    loss = dict(type='mmdet.models.losses.smooth_l1_loss.L1Loss')
+    assert plain(model=dict(type='MaskRCNN', loss=loss)).model.loss == dict(type='L1Loss')
+    assert plain('mmpretrain', model=dict(type='MaskRCNN', loss=loss)).model.loss == dict(type='mmdet.L1Loss')
+
+
 # What other parts of this package, or later versions of it, may register
 
 
