@@ -42,13 +42,13 @@ def move(weights, size):
 
 
 def assert_found_again(base, method, update):
-    trained = adapt(copy.deepcopy(base), rank=2, method=method, update=update)
+    trained = adapt(copy.deepcopy(base), rank=2, alpha=4, method=method, update=update)
     unit = 1 if trained[0].adapter.rms is None else trained[0].adapter.rms
     with torch.no_grad():
         for parameter in trained[0].adapter.parameters():
             parameter.add_(.05 * unit * torch.randn_like(parameter))
     target = export(trained)
-    fresh = adapt(base, rank=2, method=method, update=update)
+    fresh = adapt(base, rank=2, alpha=4, method=method, update=update)
     fit, = extract(fresh, target)
     assert fit.name == '0.weight' and fit.residual < .01
     torch.testing.assert_close(fit.change, (target['0.weight'] - base[0].frozen_weight).double().norm().item())

@@ -34,7 +34,7 @@ def merged(tmp_path_factory):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(.02 * torch.randn_like(parameter))
+                parameter.add_(.01 * torch.randn_like(parameter))
     path = tmp_path_factory.mktemp('merged') / 'plain.pth'
     torch.save(dict(state_dict=liera_mm.export(model), meta=dict(dataset_meta=dict(classes=tuple('0123456789')))), path)
     return path
