@@ -1,5 +1,6 @@
 """tools/dataset_converters/to_coco.py: VOC, YOLO and COCO give the same annotations; splits; what it refuses."""
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def test_voc(run, folder):
     content, printed = run()
     assert objects(content) == EXPECTED and printed.endswith('out.json: 3 images, 3 objects, of cat, dog\n')
     assert [(image['width'], image['height']) for image in content['images']] == [*SIZES.values()]
-    assert len({annotation['id'] for annotation in content['annotations']}) == 3
+    assert [annotation['id'] for annotation in content['annotations']] == [1, 2, 3]  # 0 is none, to COCO's evaluation
     (folder / 'names.txt').write_text('dog\n\nfox\ncat\n')
     again, _ = run('--force', '--classes', folder / 'names.txt')
     assert [category['name'] for category in again['categories']] == ['dog', 'fox', 'cat'] and objects(again) == EXPECTED
@@ -124,6 +125,50 @@ def test_names_of_voc_are_stripped(run, folder):
     write_voc(folder)
     replace('labels/a.xml', 'dog', '\n  dog ')(folder)
     assert objects(run()[0]) == EXPECTED
+
+
+def test_difficult_objects_of_voc(run, folder):
+    """Are crowds, which are neither learnt nor to be found."""
+    write_voc(folder)
+    replace('labels/a.xml', '<name>cat</name>', '<name>cat</name><difficult> 1 </difficult>')(folder)
+    replace('labels/b/c.xml', '<name>dog</name>', '<name>dog</name><difficult>0</difficult>')(folder)
+    assert [entry['iscrowd'] for entry in run()[0]['annotations']] == [1, 0, 0]
+
+
+@pytest.mark.parametrize('change', [
+    lambda text: f'<?xml version="1.0" encoding="ISO-8859-1"?><!-- B\xe4r -->{text}'.encode('latin-1'),
+    lambda text: f'<?xml version="1.0" encoding="UTF-16"?>{text}'.encode('utf-16'),
+    lambda text: text.replace('\n', '\r\n').encode('utf-8-sig'),
+    lambda text: re.sub('<size>.*</size>|<filename>.*</filename>', '', text).encode()], ids=range(4))
+def test_files_of_voc_as_other_programs_write_them(run, folder, change):
+    """In the encoding that they name, or without what need not be there."""
+    write_voc(folder)
+    path = folder / 'labels/a.xml'
+    path.write_bytes(change(path.read_text()))
+    assert objects(run()[0]) == EXPECTED
+
+
+@pytest.mark.parametrize('write', [write_voc, write_yolo])
+def test_suffixes_in_capitals(run, folder, write):
+    write(folder)
+    for path in [*folder.glob('labels/**/[abcd].*')]:
+        path.rename(path.with_suffix(path.suffix.upper()))
+    assert objects(run()[0]) == EXPECTED
+
+
+def test_sizes_that_voc_says(run, folder):
+    """An image that was annotated as it is stored has its boxes there; one of another size is not what was annotated."""
+    write_voc(folder)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new('RGB', (80, 60)).save(folder / 'photos/a.jpg', exif=exif)
+    says = '<width>{}</width><height>{}</height>'.format
+    replace('labels/a.xml', says(1, 1), says(80, 60))(folder)
+    content = run()[0]
+    assert (content['images'][0]['width'], content['images'][0]['height']) == (80, 60)
+    replace('labels/a.xml', says(80, 60), says(160, 120))(folder)
+    with pytest.raises(SetupError, match='a.xml .* it is of an image of 160x120 pixels, and a.jpg has 60x80\n'):
+        run('--force')
 
 
 def test_detections_of_yolo(run, folder):
@@ -216,7 +261,7 @@ def replace(name, old, new):
 
 
 @pytest.mark.parametrize(('kind', 'change', 'args', 'problem'), [
-    (write_voc, put('labels/a.xml', '<annotation>'), {}, 'a.xml cannot be read as annotations of Pascal VOC: Syntax error'),
+    (write_voc, put('labels/a.xml', '<annotation>'), {}, 'a.xml cannot be read as annotations of Pascal VOC: no element'),
     (write_voc, put('labels/a.xml', '<annotation></annotation>'), {}, 'a.xml cannot be read as annotations of Pascal VOC'),
     (write_voc, put('photos/a.jpg', 'no image'), {}, 'a.jpg cannot be read as an image'),
     (write_voc, put('photos/a.png', ''), {}, 'photos/a.jpg and .*photos/a.png would have the same annotations'),
@@ -259,6 +304,10 @@ def test_what_it_refuses(run, folder, kind, change, args, problem):
 @pytest.mark.parametrize(('change', 'problem'), [
     (lambda content: content['images'].__delitem__(slice(1, None)), 'There is 1 image'),
     (lambda content: content.pop('categories'), 'has no list of categories'),
+    (lambda content: content['categories'][0].pop('name'), '1 of 1 categories .* have no name'),
+    (lambda content: content['annotations'][0].pop('image_id'), '1 of 10 annotations .* have no image_id'),
+    (lambda content: [image.update(id=int(image['id'][1:])) or entry.update(image_id=str(image['id']))
+                      for image, entry in zip(content['images'], content['annotations'])], 'would be lost: .* text'),
     (lambda content: content['images'][0].update(file_name='photos/0.jpg'), '1 of 10 images .* the first is photos/0.jpg')])
 def test_what_it_refuses_of_coco(run, folder, ten, change, problem):
     change(ten)

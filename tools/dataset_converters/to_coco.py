@@ -10,13 +10,21 @@ import json
 import random
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Set, Tuple
+from xml.etree import ElementTree
 
 import yaml
 from PIL import Image, ImageOps
 
 from liera_mm.core.checkpoint import write_atomically
 from liera_mm.core.errors import SetupError
-from liera_mm.engine.annotations import check_images, check_lists, check_unique, read_json
+from liera_mm.engine.annotations import (
+    check_annotations,
+    check_categories,
+    check_images,
+    check_lists,
+    check_unique,
+    read_json,
+)
 from liera_mm.engine.cli import exit_clearly
 from liera_mm.engine.datasets import listed
 
@@ -50,11 +58,11 @@ def key(path: Path, folder: Path) -> str:
     return str(path.relative_to(folder).with_suffix(''))
 
 
-def image_size(path: Path) -> Tuple[int, int]:
-    """Width and height of an image as it is shown, turned as EXIF says."""
+def image_sizes(path: Path) -> Tuple[Tuple[int, int], Tuple[int, int]]:
+    """Width and height of an image as it is shown, turned as EXIF says; and as it is stored."""
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).size
+            return ImageOps.exif_transpose(image).size, image.size
     except (OSError, ValueError, SyntaxError) as error:
         raise SetupError(f'{path} cannot be read as an image: {error}', 'Put an intact one there, or take it away') from None
 
@@ -103,18 +111,35 @@ def read_yolo(path: Path, image_id: str, size: Tuple[int, int], names: List[str]
     return Annotation(image_id, size, boxes)
 
 
-def read_voc(path: Path) -> List[BoundingBox]:
-    """The boxes of one of Pascal VOC's files."""
-    boxes = [BoundingBox.create(label=box.label.strip(), coords=box.ltrb) for box in Annotation.from_pascal_voc(path).boxes]
+def read_voc(path: Path, image_id: str, sizes: Tuple[Tuple[int, int], Tuple[int, int]]) -> Tuple[Annotation, List[bool]]:
+    """One of Pascal VOC's files, and which of its objects are difficult.
+
+    Args:
+        path: The file.
+        image_id: What the annotation is called.
+        sizes: Of :func:`image_sizes`; that which the file says counts.
+    """
+    root = ElementTree.parse(path).getroot()
+    objects, size = list(root.iter('object')), root.find('size')
+    if not objects and size is None:
+        raise ValueError('it has neither an object nor a size')
+    boxes = [BoundingBox.from_xml(entry) for entry in objects]
+    boxes = [BoundingBox.create(label=box.label.strip(), coords=box.ltrb) for box in boxes]
     if not all(box.label for box in boxes):
         raise ValueError('an object has no name')
-    return boxes
+    said = size is not None and tuple(int(float(size.findtext(side) or 0)) for side in ('width', 'height'))
+    # What boxes are said to be in, unless no number was put there
+    if said and said not in sizes and boxes and all(box.xmax <= said[0] and box.ymax <= said[1] for box in boxes):
+        raise ValueError(f'it is of an image of {said[0]}x{said[1]} pixels, and {image_id} has {sizes[0][0]}x{sizes[0][1]}')
+    difficult = [entry.findtext('difficult', '0').strip() not in ('0', '') for entry in objects]
+    return Annotation(image_id, said if said in sizes else sizes[0], boxes), difficult
 
 
 def annotation_files(folder: Path) -> Dict[str, Path]:
     """The files of Pascal VOC in a folder and those below it, or if there are none, of YOLO; by :func:`key`."""
     for suffix in ('.xml', '.txt'):
-        files = {key(path, folder): path for path in folder.rglob(f'*{suffix}') if path.name not in NAMES}
+        files = {key(path, folder): path for path in folder.rglob('*')
+                 if path.suffix.lower() == suffix and path.name not in NAMES and path.name[0] != '.'}
         if files:
             return files
     raise SetupError(f'{folder} has no .xml or .txt file',
@@ -130,11 +155,14 @@ def convert(images: Path, annotations: Path, file_of_names: Optional[Path] = Non
         file_of_names: Names of the classes in their order; by default, those of the file that YOLO's tools write, and of
             VOC those that objects have, by the alphabet.
 
+    Returns:
+        The annotations. VOC's difficult objects are crowds, to be ignored as VOC does.
+
     Raises:
         SetupError: If there are no annotations for the images, or some cannot be read.
     """
     files = annotation_files(annotations)
-    yolo = next(iter(files.values())).suffix == '.txt'
+    yolo = next(iter(files.values())).suffix.lower() == '.txt'
     file_of_names = file_of_names or (find_names(annotations) if yolo else None)
     if yolo and not file_of_names:
         raise SetupError(f'YOLO numbers its classes, and there is no {NAMES[0]} or {NAMES[2]} in {annotations} or above it',
@@ -144,19 +172,22 @@ def convert(images: Path, annotations: Path, file_of_names: Optional[Path] = Non
     if not files.keys() & known.keys():
         raise SetupError(f'None of the {len(files)} annotation files in {annotations} has the name of an image in {images}, '
                          f'such as {min(files)}', 'Give the folders of images and annotations that belong together')
-    parsed = []
+    parsed, difficult = [], []
     for name, path in known.items():
-        image_id, size, file = str(path.relative_to(images)), image_size(path), files.get(name)
+        image_id, sizes, file = str(path.relative_to(images)), image_sizes(path), files.get(name)
         try:
             if file is None:
-                parsed.append(Annotation(image_id, size))
+                annotation, theirs = Annotation(image_id, sizes[0]), []
             elif yolo:
-                parsed.append(read_yolo(file, image_id, size, names))
+                annotation = read_yolo(file, image_id, sizes[0], names)
+                theirs = [False] * len(annotation.boxes)
             else:
-                parsed.append(Annotation(image_id, size, read_voc(file)))
-        except (ParsingError, ValueError, AssertionError, OSError) as error:  # globox raises the first three
+                annotation, theirs = read_voc(file, image_id, sizes)
+        except (ParsingError, ValueError, AssertionError, OSError, ElementTree.ParseError) as error:
             raise SetupError(f'{file} cannot be read as annotations of {"YOLO" if yolo else "Pascal VOC"}: '
                              f'{error}', 'Correct it, or take it away') from None
+        parsed.append(annotation)
+        difficult += theirs
     for what, ours, theirs in (('annotation files belong to no image', files, known),
                                ('images have no annotation file, and are taken to have no object', known, files)):
         alone = sorted(ours.keys() - theirs.keys())
@@ -167,9 +198,12 @@ def convert(images: Path, annotations: Path, file_of_names: Optional[Path] = Non
     if unknown:
         raise SetupError(f'{annotations} has objects of {listed(unknown)}, which --classes does not name',
                          'Name all classes, or leave out --classes')
-    return AnnotationSet(parsed).to_coco(
+    content = AnnotationSet(parsed).to_coco(
         label_to_id={label: number for number, label in enumerate(names or labels, 1)},
         imageid_to_id={annotation.image_id: number for number, annotation in enumerate(parsed, 1)})
+    for number, (entry, crowd) in enumerate(zip(content['annotations'], difficult), 1):
+        entry.update(id=number, iscrowd=int(crowd))  # from 1, since COCO's evaluation takes an object with 0 for not found
+    return content
 
 
 def read_coco(path: Path, images: Path) -> Dict[str, Any]:
@@ -177,6 +211,8 @@ def read_coco(path: Path, images: Path) -> Dict[str, Any]:
     content = read_json(str(path))
     check_lists(str(path), content, ['images', 'annotations', 'categories'])
     check_images(str(path), content['images'], 'file_name')
+    check_categories(str(path), content['categories'])
+    check_annotations(str(path), content, [category['name'] for category in content['categories']])
     missing = [image['file_name'] for image in content['images'] if not (images / image['file_name']).is_file()]
     if missing:
         raise SetupError(f'{len(missing)} of {len(content["images"])} images of {path} are not in {images}, the first is '
