@@ -67,6 +67,10 @@ def _config_error(error: Exception) -> Sequence[str]:
     message = ' '.join(str(error.args[0] if len(error.args) == 1 else error).split())
     message = message or traceback.extract_tb(error.__traceback__)[-1].line
     options = _doubtful_options(frames[1].f_locals) if len(frames) > 1 else ''
+    inits = [frame.f_locals for frame in frames if frame.f_globals.get('__name__') == 'mmengine.model.base_module']
+    if isinstance(error, KeyError) and error.args == ('type', ) and 'init_cfg' in (inits or [{}])[-1]:
+        return (f'The init_cfg of a {type(inits[-1]["self"]).__name__} has no type: {inits[-1]["init_cfg"]!r:.150}',
+                "Write type='Pretrained' beside its checkpoint, or the name of another initializer of MMEngine")
     builds = [frame for frame in frames if frame.f_code.co_name in ('build_from_cfg', *BUILDERS)]
     if builds:
         name = BUILDERS.get(builds[-1].f_code.co_name, builds[-1].f_locals.get('obj_type'))

@@ -20,8 +20,9 @@ def type_name(part: Any) -> str:
 
 
 def is_pretrained(part: Any) -> bool:
-    """Whether a part of a config is an ``init_cfg`` that reads a checkpoint."""
-    return type_name(part) in ('Pretrained', 'PretrainedInit')
+    """Whether a part of a config is an ``init_cfg`` that reads a checkpoint; PVT and Swin take it without a type."""
+    kind = type_name(part)
+    return kind in ('Pretrained', 'PretrainedInit') or not kind and isinstance(part, dict) and 'checkpoint' in part
 
 
 def replace_prefix(node: Any, old: str, new: str) -> Any:

@@ -140,11 +140,7 @@ def check_kinds(cfg: Config) -> None:
             _check_kind(f'{key}.pipeline', node.get('pipeline'), LIST)
             _check_kind(f'{key}.metainfo', node.get('metainfo'))
     for key, node in dicts(cfg.get('model'), 'model'):
-        init_cfgs = node.get('init_cfg') or []
-        _check_kind(f'{key}.init_cfg', init_cfgs, DICT_OR_LIST)
-        if not all(map(type_name, [init_cfgs] if isinstance(init_cfgs, dict) else init_cfgs)):
-            raise SetupError(f'{key}.init_cfg of the config has no type',
-                             "Write type='Pretrained' beside its checkpoint, or the name of another initializer of MMEngine")
+        _check_kind(f'{key}.init_cfg', node.get('init_cfg') or None, DICT_OR_LIST)
         if is_pretrained(node) and not isinstance(node.get('checkpoint'), str):
             raise SetupError(f'{key} of the config has no checkpoint', f'Give it one, {key}.checkpoint=FILE, or take it out')
     if not isinstance(cfg.get('resume'), (bool, int, type(None))):

@@ -292,6 +292,14 @@ def test_missing_weights(tmp_path):
     cli.check_weights(with_weights(tmp_path / 'base.pth'))
 
 
+def test_missing_weights_of_a_backbone_that_takes_them_without_a_type(tmp_path):
+    """As PVT and Swin do."""
+    config = tmp_path / 'config.py'
+    config.write_text("_base_ = 'mmdet::pvt/retinanet_pvt-t_fpn_1x_coco.py'")
+    cfg = cli.load_config(str(config), {'model.backbone.init_cfg.checkpoint': 'nowhere.pth'})
+    assert problem_of(cli.check_weights, cfg)[0] == 'Weights not found: nowhere.pth'
+
+
 def test_missing_load_from(tmp_path):
     cfg = Config(dict(model=dict(), load_from=str(tmp_path / 'all.pth')))
     assert '--cfg-options load_from=FILE' in problem_of(cli.check_weights, cfg)[1]

@@ -401,7 +401,9 @@ BAD_INPUTS = {
     'a misspelt step': (options(**{'train_dataloader.dataset.pipeline.2.type': 'Resise'}), 'has a Resise, which'),
     'a misspelt data set': (options(**{'train_dataloader.dataset.type': 'CocoDatset'}), 'has a CocoDatset, which'),
     'weights without a type': (
-        config(DIGITS, "model = dict(backbone=dict(init_cfg=dict(_delete_=True, checkpoint='base.pth')))"), 'has no type'),
+        config(DIGITS, "model = dict(backbone=dict(init_cfg=dict(_delete_=True, checkpoint="
+               "'liera://mask-rcnn_convnextv2-mini_glyphs')))"),
+        'The init_cfg of a LieRAConvNeXt has no type'),
     'weights without the prefix': (
         options(**{'model.backbone.init_cfg.prefix': 'backbon.'}), 'backbone., neck., roi_head., rpn_head.'),
     'weights of the neck without the prefix': (
