@@ -122,9 +122,16 @@ def load_trained(model: nn.Module, path: Union[str, os.PathLike], config: str,
     return checkpoint
 
 
-def named_as_in(model: nn.Module, state: Mapping[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    """The state dict of a checkpoint with the names that a model knows (:func:`plain_names`), records included."""
-    return plain_names(state, [*model.state_dict(), *(f'{name}.{RECORD}' for name, _ in pretrained_backbones(model))])
+def named_as_in(model: nn.Module, state: Mapping[str, torch.Tensor], start: str = '') -> Dict[str, torch.Tensor]:
+    """The state dict of a checkpoint with the names that a model knows (:func:`plain_names`), records included.
+
+    Args:
+        model: The model.
+        state: Its state dict, or one of its average.
+        start: What names begin with besides, as those of an average do.
+    """
+    known = [*model.state_dict(), *(f'{name}.{RECORD}' for name, _ in pretrained_backbones(model))]
+    return plain_names(state, [f'{start}{name}' for name in known])
 
 
 def check_backbones(model: nn.Module, checkpoint: Dict[str, Any]) -> None:

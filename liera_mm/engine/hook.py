@@ -170,6 +170,8 @@ class LieRAHook(Hook):
         theirs = named_as_in(model, state)
         state.clear()
         state.update(theirs)
+        if 'ema_state_dict' in checkpoint:
+            checkpoint['ema_state_dict'] = named_as_in(model, checkpoint['ema_state_dict'], 'module.')
         fetched = set()
         for name, backbone in pretrained_backbones(model):
             if f'{name}.{RECORD}' in theirs:

@@ -369,6 +369,23 @@ def test_resuming_continues(make_runner, options):
     assert ours == theirs
 
 
+def test_resuming_the_moving_average_of_a_compiled_model(make_runner, tmp_path):
+    options = {'custom_hooks': [*HOOKS, dict(type='EMAHook', momentum=.1)]}
+    runners = [make_runner(**options)]
+    runners[0].train()
+    for part, compiled in ((r'backbone\.', 'backbone._orig_mod.'), (r'^(module\.|(?!steps))', r'\1_orig_mod.')):
+        checkpoint = read_checkpoint(f'{runners[0].work_dir}/epoch_1.pth')
+        for key in ('state_dict', 'ema_state_dict'):
+            checkpoint[key] = {re.sub(part, compiled, name): tensor for name, tensor in checkpoint[key].items()}
+        torch.save(checkpoint, tmp_path / 'compiled.pth')
+        runners.append(make_runner(**options, resume=True, load_from=str(tmp_path / 'compiled.pth')))
+        runners[-1].train()  # no epoch is left
+    models = [[clone(runner.model), clone(next(hook.ema_model for hook in runner.hooks if hasattr(hook, 'ema_model')))]
+              for runner in runners]
+    for model, average in models[1:]:
+        assert not different(model, models[0][0]) and not different(average, models[0][1])
+
+
 @pytest.mark.parametrize('batch', [1, 2, 4])
 def test_the_time_that_is_left_counts_the_iterations_of_the_resumed_training(make_runner, trained, batch):
     resumed = make_runner(**{'train_cfg.max_epochs': 3, 'train_dataloader.batch_size': batch}, resume=True,
