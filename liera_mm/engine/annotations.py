@@ -13,7 +13,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Type
 import numpy as np
 
 from ..core.errors import SetupError
-from .masks import is_mask, pixels_of, runs_fit
+from .masks import are_finite, is_mask, pixels_of, polygons_of, runs_fit
 
 NUMBER, ID = {int, float}, {int, float, str}
 SAMPLE = 1000  # annotations whose polygons are looked at
@@ -38,11 +38,12 @@ def read_json(path: str) -> Any:
     """
     try:
         with open(path, 'rb') as file:
-            return json.loads(file.read())
+            return json.loads(file.read().decode())
     except IsADirectoryError:
         raise SetupError(f'{path} is a folder, and no file of annotations', 'Give the path of the file') from None
     except ValueError as error:
-        raise SetupError(f'{path} is no JSON file, or a damaged one: {error}', 'Put an intact one there') from None
+        raise SetupError(f'{path} is no JSON file in UTF-8, or a damaged one: {error}',
+                         'Put an intact one there, in UTF-8 without a byte order mark') from None
 
 
 def check_lists(path: str, content: Any, names: Sequence[str]) -> None:
@@ -223,8 +224,8 @@ def segments(path: str, annotations: Sequence[Dict[str, Any]]) -> List[Dict[str,
     return [dict(segment, image_id=image_id) for image_id, entries in zip(of_image, lists) for segment in entries]
 
 
-def check_masks(path: str, entries: Sequence[Dict[str, Any]], sizes: Sequence[Sequence[float]]) -> None:
-    """Check the masks of annotations of images of these sizes, (width, height) each.
+def check_masks(path: str, entries: Sequence[Dict[str, Any]], sizes: Sequence[Sequence[float]], least: int = 0) -> None:
+    """Check the masks of annotations of images of these sizes, (width, height) each; ``least`` numbers a polygon.
 
     Raises:
         SetupError: If one has no segmentation at all, one that is neither of its two kinds, or run lengths that cannot be
@@ -232,7 +233,7 @@ def check_masks(path: str, entries: Sequence[Dict[str, Any]], sizes: Sequence[Se
     """
     lacking = [a for a in entries if not (mask := a.get('segmentation')) or not (
         {'counts', 'size'} <= mask.keys() if isinstance(mask, dict) else
-        isinstance(mask, list) and {type(part) for part in mask} == {list})]
+        isinstance(mask, list) and all(type(part) is list and len(part) >= least and are_finite(part) for part in mask))]
     if lacking:
         raise SetupError(
             f'{len(lacking)} of {len(entries)} annotations of {path} have no segmentation that can be read, and the config '
@@ -310,7 +311,7 @@ def check_ground_truth(path: str, content: Dict[str, Any], classes: Sequence[str
     column(path, 'annotations', entries, 'iscrowd', {int, bool})
     if masks:
         sizes = {image['id']: (image.get('width') or 0, image.get('height') or 0) for image in content['images']}
-        check_masks(path, entries, [sizes[a['image_id']] for a in entries])
+        check_masks(path, entries, [sizes[a['image_id']] for a in entries], least=5)  # it takes four for a box
 
 
 def _indices(path: str, what: str, ids: Sequence[Any], entries: Sequence[Dict[str, Any]]) -> np.ndarray:
@@ -372,9 +373,9 @@ def _look_like_corners(boxes: Boxes, chosen: np.ndarray, beyond: np.ndarray) -> 
     indices = np.flatnonzero(chosen)
     as_corners = as_sizes = 0
     for index in indices[::max(1, len(indices) // SAMPLE)]:
-        polygons = boxes.entries[index].get('segmentation')
-        if isinstance(polygons, list) and is_mask(polygons):
-            points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in polygons if len(polygon) % 2 == 0])
+        polygons = polygons_of(boxes.entries[index].get('segmentation'))
+        if polygons:
+            points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in polygons])
             ends = np.concatenate([points.min(0), points.max(0)])
             bbox = boxes.xywh[index]
             as_corners += np.abs(ends - bbox).max() <= 2

@@ -6,6 +6,7 @@ from typing import Any, Dict, Optional, Sequence
 import numpy as np
 from mmdet.datasets import BaseDetDataset, ConcatDataset
 from mmengine.evaluator import BaseMetric, Evaluator
+from pycocotools.coco import COCO
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -98,6 +99,15 @@ def _check_coco_metric(split: str, metric: BaseMetric, ann_file: Optional[str], 
     coco.check_lists(path, api.dataset, ['categories', 'annotations'])
     coco.check_classes(path, classes, [category['name'] for category in api.dataset['categories']])
     coco.check_ground_truth(path, api.dataset, classes, {info['img_id'] for info in infos}, segm)
+    _number(api)
+
+
+def _number(api: COCO) -> None:
+    """Give every annotation a number that COCO's evaluation can note as found: no text, nor 0, which is none found."""
+    if not all(type(key) in coco.NUMBER and key for key in api.anns):
+        for number, annotation in enumerate(api.dataset['annotations'], 1):
+            annotation['id'] = number
+        api.createIndex()
 
 
 def _corners(annotations: Sequence[Dict[str, Any]]) -> np.ndarray:

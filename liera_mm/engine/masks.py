@@ -1,6 +1,6 @@
 """Masks in COCO's format: polygons, or run lengths."""
 import math
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 import numpy as np
 
@@ -9,8 +9,21 @@ def is_mask(segmentation: Any) -> bool:
     """Whether MMDetection takes it for a mask, as far as one sees without decoding it."""
     if isinstance(segmentation, dict):
         return bool(segmentation.get('counts')) and bool(segmentation.get('size'))
-    return isinstance(segmentation, list) and any(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0
-                                                  for p in segmentation)
+    return bool(polygons_of(segmentation))
+
+
+def polygons_of(segmentation: Any) -> List[List[float]]:
+    """The polygons of a segmentation that MMDetection takes; none if it is of another kind."""
+    parts = segmentation if isinstance(segmentation, list) else ()
+    return [part for part in parts if isinstance(part, list) and len(part) >= 6 and len(part) % 2 == 0 and are_finite(part)]
+
+
+def are_finite(values: List[Any]) -> bool:
+    """Whether all values are finite numbers. For one that is not, pycocotools takes memory until there is none."""
+    try:
+        return math.isfinite(sum(values))
+    except (TypeError, OverflowError):
+        return False
 
 
 def runs_fit(segmentation: Dict[str, Any], width: float, height: float) -> bool:

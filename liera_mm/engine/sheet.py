@@ -17,7 +17,7 @@ from mmengine.structures import InstanceData
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
-from .masks import is_mask, runs_fit
+from .masks import is_mask, polygons_of, runs_fit
 
 
 def to_sample(boxes: np.ndarray, labels: list, zoom: int, masks: Optional[np.ndarray],
@@ -134,7 +134,7 @@ def _mask(entry: Dict[str, Any], info: Dict[str, Any], size: Sequence[int]) -> n
     """The mask of an annotation (h, w) at another size of its image, (w, h); without any pixel if it has none."""
     segmentation = entry.get('segmentation')
     if isinstance(segmentation, list):
-        segmentation = [polygon for polygon in segmentation if isinstance(polygon, list) and len(polygon) >= 6]
+        segmentation = polygons_of(segmentation)
     undecodable = isinstance(segmentation, dict) and not (
         is_mask(segmentation) and runs_fit(segmentation, info['width'], info['height']))
     if not segmentation or not isinstance(segmentation, (list, dict)) or undecodable:

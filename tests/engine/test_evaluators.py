@@ -2,6 +2,7 @@
 import json
 
 import pytest
+import torch
 from mmengine.config import Config
 from mmengine.evaluator import Evaluator
 from mmengine.registry import DATASETS, EVALUATOR, DefaultScope
@@ -43,6 +44,8 @@ def check(dataset, cfg):
         check_same_classes(val=built)
         evaluator = EVALUATOR.build(cfg) if isinstance(cfg, dict) and 'metrics' in cfg else Evaluator(cfg)
         check_evaluator('val', built, evaluator, nn.Identity(), cfg)
+    evaluator.dataset_meta = built.metainfo
+    return evaluator
 
 
 def test_several_data_sets(digits):
@@ -64,6 +67,25 @@ def test_several_data_sets(digits):
             (concat(coco(digits), coco(digits, classes=CLASSES[:3])), right, 'classes 0, .*, another val data set 0, 1, 2')):
         with pytest.raises(SetupError, match=problem):
             check(dataset, cfg)
+
+
+@pytest.mark.parametrize('ids', [[0, 1, 2], ['a', 'b', 'c']], ids=repr)
+def test_ids_of_annotations(digits, tmp_path, ids):
+    """For COCO's evaluation, an object with id 0 is never found, and one whose id is a text ends it."""
+    content = json.loads((digits / FILE.format('val')).read_text())
+    content['annotations'] = [dict(entry, id=number) for entry, number in zip(content['annotations'], ids)]
+    (tmp_path / 'val.json').write_text(json.dumps(content))
+    dataset = dict(coco(digits), ann_file=str(tmp_path / 'val.json'))
+    evaluator = check(dataset, dict(metric(digits), ann_file=str(tmp_path / 'val.json')))
+    label = {category['id']: CLASSES.index(category['name']) for category in content['categories']}
+    for image in content['images']:
+        entries = [entry for entry in content['annotations'] if entry['image_id'] == image['id']]
+        x, y, w, h = torch.tensor([entry['bbox'] for entry in entries]).reshape(-1, 4).T
+        evaluator.process([dict(
+            img_id=image['id'], ori_shape=(image['height'], image['width']), pred_instances=dict(
+                bboxes=torch.stack([x, y, x + w, y + h], 1), scores=torch.ones(len(entries)),
+                labels=torch.tensor([label[entry['category_id']] for entry in entries], dtype=int)))])
+    assert evaluator.evaluate(len(content['images']))['coco/bbox_mAP'] == 1
 
 
 @pytest.mark.parametrize('content, problem', [

@@ -365,6 +365,10 @@ BAD_INPUTS = {
         repeat('annotations', 'val', id=99, iscrowd=1, segmentation=dict(size=[160, 160], counts=[40, 60])),
         'counts of 100 pixels'),
     'a crowd without a mask': (repeat('annotations', id=99, iscrowd=1, segmentation=None), '1 of'),
+    'a mask of texts': (first('annotations', 'segmentation', [['1', '2', '30', '2', '30', '40']]), '1 of'),
+    'a mask that is not finite': (first('annotations', 'segmentation', [[1, 2, float('nan'), 2, 30, 40]]), '1 of'),
+    'a mask of two points to validate with': (
+        first('annotations', 'segmentation', [[1, 2, 30, 40]], split='val'), '1 of'),
     'masks of two points': (each('annotations', segmentation=[[1, 2, 3, 4]]), 'without a mask that can be used'),
     'no masks to validate with': (
         both(each('annotations', 'val', segmentation=None), options(**{
@@ -438,6 +442,9 @@ BAD_INPUTS = {
     'EXIF orientation': (both(image(turned), annotations(annotated_lying)), 'EXIF orientation, 6'),
     'torn annotations': (
         lambda run: (run.data / 'annotations/instances_train2017.json').write_text('{"images": ['), 'no JSON file'),
+    'annotations with a byte order mark': (
+        lambda run: (path := run.data / 'annotations/instances_val2017.json').write_text(
+            path.read_text(), encoding='utf-8-sig'), 'BOM'),
     'annotations of another format': (
         lambda run: (run.data / 'annotations/instances_train2017.json').write_text('[]'), 'no list of images'),
     'corrupt JPEG': (image(lambda data: b'\xff\xd8' + bytes(1000)), 'failed to load image'),

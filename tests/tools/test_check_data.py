@@ -175,7 +175,8 @@ def test_what_is_odd(check, data, name):
 
 def test_boxes_whose_masks_cannot_be_drawn(check, data):
     for entry, segmentation in zip(data[1]['train']['annotations'], [
-            [[1, 2, 3, 4]], [1, 2, 30, 2, 30, 40], '1 2 30 2 30 40', dict(size=[60, 80], counts='df4X'), dict(counts=[3])]):
+            [[1, 2, 3, 4]], [1, 2, 30, 2, 30, 40], '1 2 30 2 30 40', [['1', '2', '30', '2', '30', '40']],
+            [[1, 2, float('nan'), 2, 30, 40]], dict(size=[60, 80], counts='df4X'), dict(counts=[3])]):
         entry.update(segmentation=segmentation)
     assert not odd(check('--images', '24')) and (data[0] / 'out/train.jpg').exists()
 
