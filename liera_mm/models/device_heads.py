@@ -100,7 +100,7 @@ class DeviceRPNHead(RPNHead):
                         with_nms: bool = True) -> Sequence[InstanceData]:
         if (not self.training or cfg is None or rescale or not with_nms or not self.use_sigmoid_cls
                 or unsupported(self.assigner, self.sampler, self.bbox_coder)
-                or dict(cfg.nms) != dict(type='nms', iou_threshold=cfg.nms.iou_threshold)):
+                or (cfg.nms or {}).keys() != {'type', 'iou_threshold'} or cfg.nms.type != 'nms' or cfg.max_per_img < 0):
             return super().predict_by_feat(cls_scores, bbox_preds, score_factors, batch_img_metas, cfg, rescale, with_nms)
         sizes, device = tuple(tuple(score.shape[-2:]) for score in cls_scores), cls_scores[0].device
         anchors = _anchors(self.prior_generator, sizes, cls_scores[0].dtype, device)
