@@ -22,6 +22,7 @@ from liera_mm import compat
 compat.install()  # before mmpretrain is imported
 
 from mmengine.config import utils as config_utils  # noqa: E402
+from mmengine.visualization import Visualizer  # noqa: E402
 from mmpretrain.models.utils.norm import GRN  # noqa: E402
 
 # MMEngine reads every metafile of MMDetection, which takes a second, for each config whose base is one of its
@@ -69,6 +70,14 @@ class Net(nn.Module):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def own_visualizer():
+    """MMEngine shares visualizers by name, and that of an earlier test writes into a folder that may be gone."""
+    yield
+    for cls in (Visualizer, *Visualizer.__subclasses__()):
+        cls._instance_dict.clear()
 
 
 @pytest.fixture(scope='session')
