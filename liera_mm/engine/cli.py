@@ -76,6 +76,13 @@ def _config_error(error: Exception) -> Sequence[str]:
         name = BUILDERS.get(builds[-1].f_code.co_name, builds[-1].f_locals.get('obj_type'))
         if name == 'Runner':
             message = message.partition(', but got ')[0]  # whole parts of the config
+        if name is None and len(builds) > 1:
+            part, outer = (frame.f_locals.get('cfg') for frame in builds[:-3:-1])
+            keys = [key for key, value in (outer or {}).items() if value == part]
+            if keys:
+                return (f'The {type_name(outer) or "Runner"} of the config has '
+                        f'{", ".join(f"{key}={part!r:.100}" for key in keys)}, where a dict with a type belongs',
+                        options or f'Write {" or ".join(f"{key}=dict(type=...)" for key in keys)}')
         name = getattr(name, '__name__', name) or 'part without a type'
         call = re.search(r"\) got an unexpected keyword argument '(\w+)'", message)
         if isinstance(error, TypeError) and call:

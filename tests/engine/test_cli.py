@@ -413,3 +413,14 @@ def test_what_openmmlab_refuses_to_build():
     with pytest.raises(SystemExit) as end:
         cli.exit_clearly(lambda: MODELS.build(dict(type='mmdet.ResNet', depth=7)))
     assert end.value.code.splitlines()[0] == 'The mmdet.ResNet of the config cannot be built: invalid depth 7 for resnet'
+
+
+@pytest.mark.parametrize('value', [None, 'AnchorGenerator', dict(scales=[8])], ids=str)
+def test_what_is_no_part_of_a_model_is_named(value):
+    """Also in a config, where no option set it."""
+    head = dict(type='mmdet.RPNHead', num_classes=1, in_channels=4, anchor_generator=value)
+    with pytest.raises(SystemExit) as end:
+        cli.exit_clearly(lambda: MODELS.build(head))
+    problem, remedy = end.value.code.splitlines()
+    assert problem == f'The RPNHead of the config has anchor_generator={value!r}, where a dict with a type belongs'
+    assert remedy == 'Write anchor_generator=dict(type=...)'

@@ -245,7 +245,9 @@ BAD_INPUTS = {
     'half of validation turned off': (
         options(val_dataloader=None), 'val_dataloader, val_cfg, and val_evaluator should be either all None or not None'),
     'a model without its train_cfg': (options(**{'model.train_cfg': None}), "'NoneType' object has no attribute 'get'"),
-    'a model without a backbone': (options(**{'model.backbone': None}), 'cannot be built: cfg should be a dict'),
+    'a model without a backbone': (options(**{'model.backbone': None}), 'has backbone=None, where a dict with a type'),
+    'a model without a backbone in the config': (
+        config(DIGITS, "model = dict(backbone=dict(_delete_=True, depth=50))"), "has backbone={'depth': 50}, where a dict"),
     'a text for a number': (options(**{'train_cfg.max_epochs': 'two'}), "invalid literal for int() with base 10: 'two'"),
     'no training': (
         options(train_dataloader=None, train_cfg=None, optim_wrapper=None, param_scheduler=None), 'has no train_dataloader'),
