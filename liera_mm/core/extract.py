@@ -1,7 +1,6 @@
 """The way back: from weights that were trained or merged to the adapter that comes nearest to them."""
 import copy
-import math
-from typing import Dict, List, NamedTuple
+from typing import Dict, Iterator, List, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -83,21 +82,36 @@ def extract(model: nn.Module, weights: Dict[str, Tensor], steps: int = 200) -> L
 
 
 def fit_layer(layer: AdaptedLayer, target: Tensor, steps: int) -> None:
-    """Set the adapter of one layer such that its effective weight is as near to ``target`` as it can be."""
+    """Set the adapter of one layer such that its effective weight is as near to ``target`` as it can be.
+
+    One that is as near already stays as it is.
+    """
     exact = copy.deepcopy(layer).double()  # rounding would drown small changes
-    weight, target, adapter = exact.frozen_weight.detach(), target.double(), exact.adapter
-    best, found = math.inf, None
-    for start in adapter.starts(weight, target):
-        _project(exact, start, target)
-        if not adapter.unrestricted and not torch.equal(weight, target):
-            _descend(exact, target, steps)
+    target = target.double()
+    best, found = _left(layer, target), copy.deepcopy(layer.adapter.state_dict())
+    for parameters in _candidates(exact, target, steps):
         with torch.no_grad():
-            for ours, theirs in zip(layer.adapter.parameters(), adapter.parameters()):
+            for ours, theirs in zip(layer.adapter.parameters(), parameters):
                 ours.copy_(theirs)
-            left = (layer.effective_weight() - target).norm().item()
-        if found is None or left < best:
+        if (left := _left(layer, target)) < best:
             best, found = left, copy.deepcopy(layer.adapter.state_dict())
     layer.adapter.load_state_dict(found)
+
+
+def _candidates(layer: AdaptedLayer, target: Tensor, steps: int) -> Iterator[Iterator[nn.Parameter]]:
+    """The trained tensors at each beginning, and after the descent from it, which in less precision can be further off."""
+    weight, adapter = layer.frozen_weight.detach(), layer.adapter
+    for start in adapter.starts(weight, target):
+        _project(layer, start, target)
+        yield adapter.parameters()
+        if not adapter.unrestricted and not torch.equal(weight, target):
+            _descend(layer, target, steps)
+            yield adapter.parameters()
+
+
+@torch.no_grad()
+def _left(layer: AdaptedLayer, target: Tensor) -> float:
+    return (layer.effective_weight() - target).norm().nan_to_num(torch.inf, torch.inf).item()
 
 
 @torch.no_grad()
@@ -115,12 +129,15 @@ def _descend(layer: AdaptedLayer, target: Tensor, steps: int) -> None:
     change = (target - layer.frozen_weight).norm()
     optimizer = torch.optim.LBFGS(layer.adapter.parameters(), max_iter=steps, tolerance_grad=1e-9, tolerance_change=1e-12,
                                   history_size=20, line_search_fn='strong_wolfe')
+    far = torch.full_like(change, torch.finfo(torch.float32).max)
 
     def loss() -> Tensor:
         optimizer.zero_grad()
         value = ((layer.effective_weight() - target) / change).square().sum()
-        value.backward()
-        return value
+        if value < far:
+            value.backward()
+            return value
+        return far  # where exp overflows, torch's line search would go on with NaN
 
     optimizer.step(loss)
 

@@ -78,6 +78,21 @@ def test_nothing_to_find(base, method, update):
     torch.testing.assert_close(model[0].effective_weight(), base[0].weight)
 
 
+@pytest.mark.parametrize('layer', ['depthwise'])
+@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize(('update', 'unit', 'scale', 'dtype'), [
+    ('exp', 1e-8, 'relative', torch.float32),
+    ('exp', 1e3, 'plain', torch.bfloat16),
+    ('taylor', 1e3, 'plain', torch.bfloat16),
+], ids=['overflow', 'rounding', 'rounding of taylor'])
+def test_never_further_than_before(base, method, update, unit, scale, dtype):
+    """Where exp overflows on the way, or factors in the precision of the model are coarser than the change."""
+    base.to(dtype)[0].weight.data *= unit
+    target = {**base.state_dict(), **move({'0.weight': base[0].weight.detach()}, .1)}
+    fit, = extract(adapt(base, rank=1, method=method, update=update, scale=scale), target)
+    assert fit.residual <= 1
+
+
 @pytest.mark.parametrize('layer', ['linear', 'conv'])
 def test_additive_is_the_best_of_its_rank(base, moved):
     """Eckart and Young: what is left are the singular values behind the first ones."""
