@@ -176,7 +176,7 @@ class Dora(LowRank):
 
     @torch.no_grad()
     def at_start(self, weight: Tensor) -> bool:
-        norm = self.norm(at_least_float32(weight))
+        norm = rounded(self.norm(at_least_float32(weight)), self.magnitude.dtype)
         # Both may have been in bfloat16 since
         return super().at_start(weight) and torch.allclose(self.learned_norm, norm, rtol=2**-7, atol=0, equal_nan=True)
 

@@ -175,15 +175,17 @@ class AdaptedLayer:
             self.start_anew()
 
     def _apply(self, *args, **kwargs):
-        empty = self._parameters['weight'].is_meta
-        super()._apply(*args, **kwargs)
         adapter, weight = self._modules.get('adapter'), self._parameters['weight']
         if adapter is None or hasattr(weight, 'to_local'):
-            return self
+            return super()._apply(*args, **kwargs)
+        empty = weight.is_meta
+        # In another precision, or on another device, which sums in another order, norms have other values
+        start_anew = adapter.rescales and self.untrained
+        super()._apply(*args, **kwargs)
+        weight = self._parameters['weight']
         if empty and not weight.is_meta:  # to_empty(), after which tensors are whatever was in memory
             adapter.begin(weight)
-        # In another precision, or on another device, which sums in another order, norms have other values
-        elif adapter.rescales and self.untrained:
+        elif start_anew:
             self.start_anew()
         return self
 

@@ -46,6 +46,13 @@ class Perturbation(nn.Module):
         self.build(weight, **self.given)
         self.reset(weight)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        rms = self.rms
+        super()._apply(*args, **kwargs)
+        if rms is not None and not rms.is_meta:  # half precision could take it for zero
+            self.rms = rms.to(self.rms.device, torch.promote_types(self.rms.dtype, torch.float32))
+        return self
+
     @classmethod
     def check(cls, shape: torch.Size) -> None:
         """Raise a TypeError if there is no such perturbation of weights of a shape."""

@@ -37,11 +37,12 @@ def rescaled(rows: Tensor, norms: Tensor, precision: torch.dtype) -> Tuple[Tenso
     them, so that rows whose norms were stored in it, and are given back, stay as they are bit for bit.
     """
     norm, unit = _norms(rows.detach())
-    scaled = _are_scaled(norm * unit, precision)
+    found = norm * unit
+    scaled = _are_scaled(found, precision)
     # The derivative of the branch that where() does not take must be finite too
     norm, _ = _norms(torch.where(scaled[:, None], rows, 1))
     ratio = torch.where(scaled, norms / (norm + (_held(norm, unit, precision) - norm).detach()), unit)
-    return rows / unit[:, None] * ratio[:, None], norm * unit
+    return rows / unit[:, None] * ratio[:, None], found
 
 
 def rescaled_grad(rows: Tensor, norms: Tensor, precision: torch.dtype, grad: Tensor) -> Tuple[Tensor, Tensor]:
