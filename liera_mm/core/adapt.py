@@ -2,6 +2,7 @@
 import collections
 import functools
 import logging
+import numbers
 from typing import Any, Dict, Iterable, List, Mapping, Sequence, Set, Tuple, Union
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from .adapted import adapted_layers, intended_parameters, tensor_name
 from .algebra import METHODS
 from .group import UPDATES
-from .layers import adapt_layer, check_layer
+from .layers import adapt_layer, check_layer, restore_class
 from .targets import KINDS, is_norm, layer_kind, layers_by_name, match_layers, select
 from .text import check_choice, some
 from .wrappers import through_wrappers
@@ -83,8 +84,8 @@ def adapt(model: nn.Module,
         raise ValueError('this model is adapted already: export() it first, or adapt a fresh one')
     if not isinstance(overrides, (list, tuple)) or not all(isinstance(override, Mapping) for override in overrides):
         raise ValueError(f'overrides must be a list of dicts, not {overrides!r}')
-    settings = dict(rank=rank, alpha=alpha, method=method, update=update, scale=scale, kernel_rank=kernel_rank)
-    _check_settings(settings)
+    settings = _checked(dict(rank=rank, alpha=alpha, method=method, update=update, scale=scale, kernel_rank=kernel_rank))
+    overrides = [_checked_override(override, settings) for override in overrides]
     if not isinstance(train_norm, bool):
         raise ValueError(f'train_norm must be True or False, not {train_norm!r}')
     if train_bias not in (True, False, 'all'):
@@ -106,14 +107,19 @@ def adapt(model: nn.Module,
     if not chosen and not in_place:
         raise ValueError('nothing would train: there is no convolution and no linear layer left to adapt, nor norms or '
                          'biases to train')
+    try:
+        for name, setting in chosen.items():
+            adapt_layer(layers[name], **setting)
+    except BaseException:  # out of memory, or interrupted
+        for name in chosen:
+            restore_class(layers[name])
+        raise
     model.trained_in_place = in_place
-    for name, setting in chosen.items():
-        adapt_layer(layers[name], **setting)
     used = {option for setting in chosen.values() for option in METHODS[setting['method']].options}
     model.liera = dict(
         {key: value for key, value in settings.items() if key != 'kernel_rank' or key in used},
         targets=list(targets),
-        overrides=[dict(override) for override in overrides],
+        overrides=overrides,
         train_norm=train_norm,
         train_bias=train_bias)
     # Only where they are given: files that were saved before these settings existed have none
@@ -148,9 +154,6 @@ def _choose(model: nn.Module, targets: Sequence[str], matched: Sequence[str], se
         raise next(iter(refused.values()))
     for override in overrides:
         changes = {key: value for key, value in override.items() if key != 'targets'}
-        for key in changes:
-            check_choice('override', key, ['targets', *settings])
-        _check_settings({**settings, **changes})
         for name in match_layers({name: layers[name] for name in chosen}, override.get('targets', ())):
             chosen[name].update(changes)
         if 'method' in changes:
@@ -169,16 +172,32 @@ def _choose(model: nn.Module, targets: Sequence[str], matched: Sequence[str], se
     return chosen, refused, zero
 
 
-def _check_settings(settings: Dict[str, Any]) -> None:
+def _checked(settings: Mapping[str, Any]) -> Dict[str, Any]:
+    """The settings with plain numbers, whatever library's they are.
+
+    Raises:
+        ValueError: If one is unknown or out of range.
+    """
     check_choice('method', settings['method'], METHODS)
     check_choice('update', settings['update'], UPDATES)
     check_choice('scale', settings['scale'], SCALES)
+    checked = dict(settings)
     for name in ('rank', 'kernel_rank'):
-        if isinstance(rank := settings[name], bool) or not isinstance(rank, int) or rank < 1:
+        if isinstance(rank := settings[name], bool) or not isinstance(rank, numbers.Integral) or rank < 1:
             raise ValueError(f'{name} must be a whole number of at least 1, not {rank!r}')
+        checked[name] = int(rank)
     alpha, single = settings['alpha'], torch.finfo(torch.float32)
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not single.tiny <= alpha <= single.max:
+    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real) or not single.tiny <= alpha <= single.max:
         raise ValueError(f'alpha must be a positive number, not {alpha!r:.40}')
+    checked['alpha'] = int(alpha) if isinstance(alpha, numbers.Integral) else float(alpha)
+    return checked
+
+
+def _checked_override(override: Mapping[str, Any], settings: Mapping[str, Any]) -> Dict[str, Any]:
+    for key in override:
+        check_choice('override', key, ['targets', *settings])
+    checked = _checked({**settings, **{key: value for key, value in override.items() if key != 'targets'}})
+    return {key: checked.get(key, value) for key, value in override.items()}
 
 
 def _check_weights(model: nn.Module) -> None:
@@ -200,13 +219,14 @@ def _refusals(model: nn.Module, names: Sequence[str]) -> Dict[str, Exception]:
         owners[id(parameter)].append(owner.rpartition('.')[0])
     refusals = {}
     for name in names:
-        weight = model.get_submodule(name)._parameters.get('weight')
-        if weight is not None and not weight.is_meta and not torch.isfinite(weight).all():
-            raise ValueError(f'{name}: its weight has values that are not finite; adapt a model with intact weights')
         try:
             _check_layer(model, name, owners)
         except (TypeError, ValueError) as error:
             refusals[name] = _refusal(name, error)
+            continue
+        weight = model.get_submodule(name)._parameters['weight']
+        if not weight.is_meta and not torch.isfinite(weight).all():
+            raise ValueError(f'{name}: its weight has values that are not finite; adapt a model with intact weights')
     return refusals
 
 

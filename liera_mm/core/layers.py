@@ -249,8 +249,10 @@ def check_layer(layer: nn.Module) -> None:
     weight, computed = layer._parameters.get('weight'), inspect.getattr_static(type(layer), 'weight', None)
     if weight is None or computed is not None:
         raise TypeError('its weight is computed from other parameters (a parametrization or weight norm); remove that first')
-    if not weight.is_floating_point():
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
         raise TypeError(f'its weight is of type {weight.dtype} (quantised, or packed), which no Δ can be applied to')
+    if weight.layout is not torch.strided:
+        raise TypeError(f'its weight is {weight.layout}, which no Δ can be applied to')
     if weight.dim() < 2 or not weight.numel():
         raise TypeError(f'its weight has the shape {tuple(weight.shape)}, which is no matrix or kernel')
     for name in (*vars(AdaptedLayer), *AdaptedLayer.added):

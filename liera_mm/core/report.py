@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from .adapted import adapted_layers
 from .group import MULTIPLICATIVE, UPDATES
 from .layers import AdaptedLayer
-from .summary import scale_of
-from .targets import layer_kind
+from .summary import kind_of, scale_of
 from .wrappers import through_wrappers
 
 QUANTILES = (.5, .9, .99, 1.)
@@ -75,7 +74,7 @@ class LayerReport(NamedTuple):
 
     Attributes:
         layer: Name of the layer.
-        kind: Its kind, see :func:`~liera_mm.core.targets.layer_kind`.
+        kind: Its kind, see :func:`~liera_mm.core.summary.kind_of`.
         method: Name of the parameterisation of Δ.
         update: Name of the rule that applies Δ.
         scale: What Δ is measured in, see :func:`~liera_mm.core.summary.scale_of`.
@@ -151,7 +150,7 @@ def _layer_report(name: str, layer: AdaptedLayer) -> LayerReport:
         relative_error = taylor_error / norm if (norm := delta.norm().item()) else 0.
     return LayerReport(
         name,
-        layer_kind(layer),
+        kind_of(layer),
         layer.method,
         layer.update,
         scale_of(layer),

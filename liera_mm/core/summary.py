@@ -58,10 +58,15 @@ def summary(model: nn.Module) -> Summary:
         trainable = sum(p.numel() for p in layer.adapter.parameters())
         frozen = sum(p.numel() for p in layer.parameters(recurse=False) if not p.requires_grad)
         rows.append(
-            SummaryRow(name, layer_kind(layer) or 'conv', tuple(layer.frozen_weight.shape), layer.method, layer.update,
+            SummaryRow(name, kind_of(layer), tuple(layer.frozen_weight.shape), layer.method, layer.update,
                        scale_of(layer), layer.adapter.core or layer.adapter.rank, trainable, frozen))
     parameters = list(model.parameters())
     return Summary(rows, sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
+
+
+def kind_of(layer: AdaptedLayer) -> str:
+    """The kind of an adapted layer; ``conv`` for one that only a pattern can name, which has a kernel at least."""
+    return layer_kind(layer) or 'conv'
 
 
 def scale_of(layer: AdaptedLayer) -> str:

@@ -3,6 +3,7 @@ import copy
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -132,7 +133,22 @@ def test_one_alpha_for_all_ranks(net, override, alpha):
     assert net.liera['alpha'] == 16
 
 
+def test_numbers_of_numpy(net):
+    """As of a search over np.arange or np.logspace; files and cards have plain ones."""
+    model = adapt(net, rank=np.int64(3), alpha=np.float32(.5), method='tucker', kernel_rank=np.uint8(1),
+                  overrides=[dict(targets=['head'], rank=np.int32(2), alpha=np.float64(4))])
+    assert repr([model.liera[key] for key in ('rank', 'alpha', 'kernel_rank', 'overrides')]) == (
+        "[3, 0.5, 1, [{'targets': ['head'], 'rank': 2, 'alpha': 4.0}]]")
+    assert summary(model)[0].rank == (3, 3, 1, 1) and net.head.adapter.rank == 2
+    assert {type(layer.adapter.scale) for _, layer in adapted_layers(model)} == {float}
+
+
 # What is refused
+
+
+def test_out_of_memory(net):
+    """Nothing is left of the layers that were adapted before."""
+    assert_refused(net, RuntimeError, 'memory', overrides=[dict(targets=['head'], rank=10**14)])
 
 
 @pytest.mark.parametrize(('settings', 'match'), [
@@ -293,6 +309,12 @@ def replaced_forward():
     return layer
 
 
+def sparse():
+    layer = nn.Linear(3, 4)
+    layer.weight = nn.Parameter(layer.weight.detach().to_sparse())
+    return layer
+
+
 def packed():
     """As layers of bitsandbytes keep their weights."""
     layer = nn.Linear(3, 4)
@@ -326,9 +348,11 @@ def test_layers_with_a_forward_of_their_own(make, perturb):
     lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4)),
     lambda: nn.utils.spectral_norm(nn.Linear(3, 4)),
     packed,
+    lambda: nn.Linear(2, 3).to(torch.float8_e4m3fn),
+    sparse,
     lambda: nn.Linear(0, 3),
     lambda: nn.Conv2d(4, 0, 3),
-], ids=['weight_norm', 'spectral_norm', 'old_spectral_norm', 'packed', 'no inputs', 'no outputs'])
+], ids=['weight_norm', 'spectral_norm', 'old_spectral_norm', 'packed', 'float8', 'sparse', 'no inputs', 'no outputs'])
 def test_layers_that_cannot_be_adapted(make, caplog):
     """Those that a target names are refused; of a kind, they are left out with a line in the log."""
     assert_refused(nn.Sequential(nn.Linear(2, 2), make()), TypeError, '^1: ', targets=['1'])

@@ -9,6 +9,7 @@ from liera_mm import adapt, layer_reports, merge, range_report, summary
 from liera_mm.core.algebra import METHODS
 from liera_mm.core.group import UPDATES
 from liera_mm.core.report import numerical_rank
+from liera_mm.core.targets import KINDS
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -160,8 +161,11 @@ def test_at_start_nothing_has_changed(net, method, update):
 
 @every_setting
 def test_reports_are_those_of_the_summary(net, perturb, method, update):
-    perturb(adapt(net, rank=2, method=method, update=update))
+    net.own = nn.Module()  # a layer of no kind that torch or mmcv has
+    net.own.weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+    perturb(adapt(net, rank=2, method=method, update=update, targets=[*KINDS, 'own']))
     reports = layer_reports(net)
+    assert reports[-1].layer == 'own' and reports[-1].kind == 'conv'
     assert [(row.layer, row.kind, row.method, row.update, row.scale, row.parameters) for row in reports] == [
         (row.layer, row.kind, row.method, row.update, row.scale, row.trainable) for row in summary(net)]
     for report in reports:
