@@ -9,6 +9,7 @@ from importlib import import_module, metadata
 from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Callable, Optional, Tuple
 
 OLDEST = dict(Python='3.9', torch='2.4.0', torchvision='0.19.0', safetensors='0.4.3',
@@ -51,6 +52,8 @@ def install() -> None:
     - A torchvision that was built for another torch is refused.
     - mmdet 3.3 and mmsegmentation 1.2 take any mmcv 2, not only those below 2.2.
     - mmdet's PointAssigner, that of RepPoints, works on a GPU, where it indexes a tensor on the host.
+    - mmdet's recalls of proposals (``proposal_fast``, that of RPN's configs) are computed of images with unlike numbers of
+      boxes, of which NumPy 1.24 and later make no array.
     - MMEngine finds ``mmdet.models.losses.smooth_l1_loss.L1Loss``, as it writes that class of a pure Python-style config, in
       the module of that name, and not only in the function that mmdet.models.losses has under it too.
     - Configs of mmsegmentation are found under ``mmseg::`` where it is installed as onedl-mmsegmentation.
@@ -126,6 +129,22 @@ def _with_points_on_their_device(module, run: Callable) -> None:
     module.PointAssigner.assign = assign_on_device
 
 
+def _with_arrays_of_unlike_rows(module, run: Callable) -> None:
+    import numpy as np
+    run(module)
+
+    def array(rows, **kwargs):
+        try:
+            return np.array(rows, **kwargs)
+        except ValueError:
+            result = np.empty(len(rows), object)
+            result[:] = rows
+            return result
+
+    module.np = ModuleType('numpy')
+    module.np.__dict__.update(vars(np), array=array)
+
+
 def _with_modules_behind_functions(module, run: Callable = lambda module: None) -> None:
     run(module)
     find = module.get_object_from_string
@@ -162,6 +181,7 @@ class _Finder(MetaPathFinder):
         'torchvision': _refused_beside_another_torch,
         'mmdet': _with_any_mmcv,
         'mmdet.models.task_modules.assigners.point_assigner': _with_points_on_their_device,
+        'mmdet.evaluation.functional.recall': _with_arrays_of_unlike_rows,
         'mmseg': _with_any_mmcv,
     }
 

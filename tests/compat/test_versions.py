@@ -4,6 +4,7 @@ import re
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from operators import DEVICES
@@ -115,6 +116,13 @@ def test_points_are_assigned_on_their_device(device):
     finally:
         torch.set_default_device(default)
     assert result.gt_inds.tolist() == [0] * 5 + [1] + [0] * 9 + [2]
+
+
+def test_recalls_of_images_with_unlike_numbers_of_boxes():
+    from mmdet.evaluation import eval_recalls
+    boxes = [np.array([[0., 0, 8, 8], [20, 20, 30, 30], [40, 40, 60, 60]]), np.array([[5., 5, 9, 9]]), np.zeros((0, 4))]
+    proposals = [np.array([[0., 0, 8, 8, .9], [20, 20, 30, 30, .5]]), np.array([[5., 5, 9, 9, .8]]), np.zeros((1, 5))]
+    assert eval_recalls(boxes, proposals, [1, 100], [.5, .9], logger='silent').tolist() == [[.5, .5], [.75, .75]]
 
 
 # mmsegmentation
