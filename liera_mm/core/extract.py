@@ -86,7 +86,8 @@ def fit_layer(layer: AdaptedLayer, target: Tensor, steps: int) -> None:
 
     One that is as near already stays as it is.
     """
-    exact = copy.deepcopy(layer).double()  # rounding would drown small changes
+    # Rounding would drown small changes, and torch's L-BFGS takes no gradients in channels-last format
+    exact = copy.deepcopy(layer).to(torch.float64, memory_format=torch.contiguous_format)
     target = target.double()
     best, found = _left(layer, target), copy.deepcopy(layer.adapter.state_dict())
     for parameters in _candidates(exact, target, steps):

@@ -167,7 +167,7 @@ def tucker_sum(terms: Sequence[Tuple[float, Tensor, Sequence[Tensor]]]) -> Tuple
         size, rank = factor.shape
         if rank > size:
             core, factors[mode] = mode_product(core, factor, mode), torch.eye(size).to(factor)
-    return core.to(cores[0].dtype), [factor.to(cores[0].dtype) for factor in factors]
+    return core.to(cores[0].dtype).contiguous(), [factor.to(cores[0].dtype) for factor in factors]
 
 
 def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:

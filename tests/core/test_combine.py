@@ -48,6 +48,7 @@ def test_the_sum_is_exact(make, method, update):
     assert combine(model, WEIGHTS, 'all') is model and active_adapter(model) == 'all'
     for key, delta in deltas(model, 'all').items():
         torch.testing.assert_close(delta, sum(w * each[name][key] for name, w in WEIGHTS.items()), rtol=1e-12, atol=1e-13)
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize('method', METHODS)

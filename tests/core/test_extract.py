@@ -41,14 +41,14 @@ def move(weights, size):
     return {name: tensor + size * tensor.std() * torch.randn_like(tensor) for name, tensor in weights.items()}
 
 
-def assert_found_again(base, method, update):
+def assert_found_again(base, method, update, memory_format=torch.contiguous_format):
     trained = adapt(copy.deepcopy(base), rank=2, alpha=4, method=method, update=update)
     unit = 1 if trained[0].adapter.rms is None else trained[0].adapter.rms
     with torch.no_grad():
         for parameter in trained[0].adapter.parameters():
             parameter.add_(.05 * unit * torch.randn_like(parameter))
     target = export(trained)
-    fresh = adapt(base, rank=2, alpha=4, method=method, update=update)
+    fresh = adapt(base, rank=2, alpha=4, method=method, update=update).to(memory_format=memory_format)
     fit, = extract(fresh, target)
     assert fit.name == '0.weight' and fit.residual < .01
     torch.testing.assert_close(fit.change, (target['0.weight'] - base[0].frozen_weight).double().norm().item())
@@ -60,6 +60,12 @@ def assert_found_again(base, method, update):
 @every_update
 def test_what_an_adapter_made_is_found_again(base, method, update):
     assert_found_again(base, method, update)
+
+
+@pytest.mark.parametrize('layer', ['conv'])
+@pytest.mark.parametrize('method', METHODS)
+def test_channels_last(base, method):
+    assert_found_again(base, method, 'taylor', torch.channels_last)
 
 
 @pytest.mark.parametrize('layer', ['transposed'])
