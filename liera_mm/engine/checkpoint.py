@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import IO, Any, Container, Dict, Iterable, List, Mapping, Optional, Union
+from urllib.error import URLError
 from urllib.parse import urlparse
 
 import numpy as np
@@ -37,7 +38,7 @@ from ..core.checkpoint import digest, load_adapter, write_atomically
 from ..core.errors import SetupError
 from ..core.wrappers import plain_names
 from ..models.pretrained import RECORD, encode_record, pretrained_backbones
-from ..models.weight_files import load_from_safetensors, without_compile
+from ..models.weight_files import load_from_safetensors, published, without_compile
 
 TRUST = 'LIERA_MM_TRUST_CHECKPOINTS'
 
@@ -260,7 +261,11 @@ def load_from_http(filename: str, map_location=None) -> Dict[str, Any]:
     def download() -> None:
         if not cached.is_file():
             cached.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(filename, str(cached), progress=os.isatty(0))
+            try:
+                torch.hub.download_url_to_file(filename, str(cached), progress=os.isatty(0))
+            except URLError as error:
+                raise SetupError(f'{filename} cannot be downloaded: {error}',
+                                 'Check the network, or fetch the file elsewhere and give that') from None
 
     if get_rank() == 0:
         download()
@@ -271,17 +276,17 @@ def load_from_http(filename: str, map_location=None) -> Dict[str, Any]:
 
 @CheckpointLoader.register_scheme(prefixes=('torchvision://', 'modelzoo://'), force=True)
 def load_from_torchvision(filename: str, map_location=None) -> Dict[str, Any]:
-    return load_from_http(get_torchvision_models()[filename.partition('://')[2]], map_location)
+    return load_from_http(published(get_torchvision_models(), filename), map_location)
 
 
 @CheckpointLoader.register_scheme(prefixes=('open-mmlab://', 'openmmlab://'), force=True)
 def load_from_openmmlab(filename: str, map_location=None) -> Dict[str, Any]:
-    return load_from_http(get_external_models()[filename.partition('://')[2]], map_location)
+    return load_from_http(published(get_external_models(), filename), map_location)
 
 
 @CheckpointLoader.register_scheme(prefixes='mmcls://', force=True)
 def load_from_mmcls(filename: str, map_location=None) -> Dict[str, Any]:
-    checkpoint = load_from_http(get_mmcls_models()[filename.partition('://')[2]], map_location)
+    checkpoint = load_from_http(published(get_mmcls_models(), filename), map_location)
     state = checkpoint.get('state_dict', checkpoint)
     return dict(state_dict={key[len('backbone.'):]: value for key, value in state.items() if key.startswith('backbone.')})
 

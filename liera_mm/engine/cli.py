@@ -284,6 +284,8 @@ def check_weights(cfg: Config) -> None:
     Raises:
         SetupError: At the first file that is missing or lacks the prefix of its ``init_cfg``, or URL that does not answer.
     """
+    if cfg.get('load_from') and cfg.get('resume'):
+        check_checkpoint(cfg.load_from)
     for key, source in _checkpoints(cfg):
         _check_source(key, source)
     for key, node in dicts(cfg.model, 'model'):

@@ -14,10 +14,10 @@ REFUSED = (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES
 
 def file_error(error: Exception) -> Sequence[str]:
     """What file the system refuses to read or write, and what to do; nothing if the error is another."""
-    if getattr(error, 'errno', None) not in REFUSED:
+    if getattr(error, 'errno', None) not in REFUSED and not isinstance(error, FileNotFoundError):
         return ()
     path = error.filename2 or error.filename
-    return (f'{path}: {error.strerror}' if path else error.strerror,
+    return (f'{path}: {error.strerror}' if path else error.strerror or str(error).splitlines()[-1],
             'Give a path that is there, or can be written, with room on its disk')
 
 

@@ -73,6 +73,10 @@ class PretrainedBackbone:
             if source is not None and source['prefix']:
                 check_prefix(source['checkpoint'], source['prefix'], 'init_cfg.prefix of the backbone')
             raise
+        except IndexError:  # Swin wants names that begin with backbone.
+            if source is not None:
+                self.check_base(f'{source["checkpoint"]} does not fit {type(self).__name__}')
+            raise
         self.note_elsewhere(tensors)
         self.loaded_names |= before
         if source is not None:

@@ -3,7 +3,7 @@ import difflib
 import os
 import re
 from importlib import resources
-from typing import Any, Dict
+from typing import Any, Dict, Mapping
 from urllib.parse import urlparse
 
 import torch
@@ -43,6 +43,21 @@ def load_from_package(filename: str, map_location=None) -> Dict[str, Tensor]:
         raise FileNotFoundError(f'{filename} does not ship with liera_mm; there are {", ".join(names)}')
     with resources.as_file(file) as path:
         return load_from_safetensors(str(path), map_location)
+
+
+def published(models: Mapping[str, str], name: str) -> str:
+    """The URL of weights that are published under a name: ``torchvision://resnet50``.
+
+    Raises:
+        SetupError: If there are none of that name; names the closest ones.
+    """
+    scheme, _, key = name.partition('://')
+    if key in models:
+        return models[key]
+    close = difflib.get_close_matches(key, models, n=3)
+    raise SetupError(f'There are no weights {name}',
+                     f'The closest ones are {", ".join(f"{scheme}://{other}" for other in close)}' if close else
+                     'Give a file, or a URL')
 
 
 def check_prefix(checkpoint: str, prefix: str, option: str) -> None:

@@ -17,6 +17,7 @@ from mmengine.config import Config
 from mmengine.logging import MessageHub
 from mmengine.model import PretrainedInit
 from mmengine.registry import MODELS
+from mmengine.runner.checkpoint import CheckpointLoader
 from torch.nn import Linear
 
 from liera_mm.core.checkpoint import write_atomically
@@ -305,6 +306,14 @@ def test_missing_load_from(tmp_path):
     assert '--cfg-options load_from=FILE' in problem_of(cli.check_weights, cfg)[1]
 
 
+def test_missing_checkpoint_to_resume_from(tmp_path):
+    """Those beside it are named."""
+    (tmp_path / 'epoch_1.pth').touch()
+    cfg = Config(dict(model=dict(), load_from=str(tmp_path / 'epoch_2.pth'), resume=True))
+    problem, remedy = problem_of(cli.check_weights, cfg)
+    assert problem == f'Checkpoint not found: {tmp_path}/epoch_2.pth' and f'{tmp_path}/epoch_1.pth' in remedy
+
+
 def test_weights_deep_in_the_model(tmp_path):
     init_cfg = [dict(type='Kaiming', layer='Conv2d'), dict(type='Pretrained', checkpoint='nowhere.pth')]
     cfg = Config(dict(model=dict(roi_head=dict(bbox_head=[dict(init_cfg=init_cfg)]))))
@@ -400,7 +409,8 @@ def disk_is_full():
     (lambda folder: (folder / 'file').mkdir(), '{}/file: File exists'),
     (lambda folder: write_atomically(folder, b''), '{}: Is a directory'),
     (lambda folder: disk_is_full(), 'No space left on device'),
-], ids=range(5))
+    (lambda folder: CheckpointLoader.load_checkpoint(f'{folder}/none.pth'), '{}/none.pth can not be found.'),
+], ids=range(6))
 def test_files_that_the_system_refuses(tmp_path, fails, problem):
     (tmp_path / 'file').touch()
     with pytest.raises(SystemExit) as end:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import liera_mm
+from liera_mm.core.errors import SetupError
 from liera_mm.core.factors import root_mean_square
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -238,6 +239,24 @@ def test_convnext_that_does_not_fit(tmp_path, damage):
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match='nowhere.pth'):
         build(CONVNEXT, tmp_path / 'nowhere.pth').init_weights()
+
+
+def test_a_file_of_which_swin_takes_no_name(tmp_path):
+    """It wants backbone. before each, and ends in an IndexError where no name has that."""
+    torch.save(random_state(SWIN), tmp_path / 'base.pth')
+    with pytest.raises(SetupError, match='base.pth does not fit LieRASwinTransformer: .* frozen tensors would stay random'):
+        around(dict(SWIN, init_cfg=ConfigDict(checkpoint=str(tmp_path / 'base.pth')))).init_weights()
+
+
+@pytest.mark.parametrize('source, problem, remedy', [
+    ('torchvision://resnet51', 'There are no weights torchvision://resnet51', 'resnet50'),
+    ('open-mmlab://detectron2/resnet50_cafe', 'no weights open-mmlab://.*cafe', 'detectron2/resnet50_caffe'),
+    ('mmcls://mobilenet_v9', 'no weights mmcls://mobilenet_v9', 'mobilenet_v2'),
+    ('{server}/nowhere.pth', 'nowhere.pth cannot be downloaded: HTTP Error 404', 'fetch the file elsewhere'),
+])
+def test_weights_that_nobody_publishes(server, source, problem, remedy):
+    with pytest.raises(SetupError, match=f'{problem}.*\n.*{remedy}'):
+        around(RESNET, pretrained=source.format(server=server)).init_weights()
 
 
 def torchvision_form(state):
