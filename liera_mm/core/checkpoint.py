@@ -15,6 +15,7 @@ from ..version import __version__
 from .adapt import BEFORE
 from .adapters import adapter_state_dict, frozen_names, start_adapter
 from .card import FRONT, Card, markdown
+from .group import MULTIPLICATIVE
 from .text import some
 from .wrappers import plain_names, through_wrappers
 
@@ -223,8 +224,18 @@ def _narrower(tensor: Tensor) -> List[torch.dtype]:
 
 def differences(theirs: Dict[str, Any], ours: Dict[str, Any]) -> str:
     """What is not the same in two configurations: ``rank 2, here 3; ...``; nothing if they are equal."""
+    theirs, ours = _that_count(theirs), _that_count(ours)
     return '; '.join(f'{key} {theirs.get(key)!r}, here {ours.get(key)!r}' for key in sorted(theirs.keys() | ours.keys())
                      if theirs.get(key) != ours.get(key))
+
+
+def _that_count(settings: Dict[str, Any]) -> Dict[str, Any]:
+    """Settings without their scales if every layer is ``additive``, where both scales are the same."""
+    overrides = settings.get('overrides', [])
+    if any(each.get('update') in MULTIPLICATIVE for each in (settings, *overrides)):
+        return settings
+    overrides = [{key: value for key, value in override.items() if key != 'scale'} for override in overrides]
+    return {key: overrides if key == 'overrides' else value for key, value in settings.items() if key != 'scale'}
 
 
 def _check_format(path: Union[str, os.PathLike], data: bytes, metadata: Dict[str, str]) -> None:

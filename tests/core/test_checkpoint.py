@@ -257,6 +257,25 @@ def test_the_same_configuration_in_other_types(net, tmp_path):
     load_adapter(adapt(base, rank=2, alpha=32., targets=['linear', 'conv']), tmp_path / 'adapter')
 
 
+@pytest.mark.parametrize('update', UPDATES)
+def test_a_file_from_before_there_were_scales(net, perturb, image, tmp_path, update):
+    """It is plain; under additive, that is relative as well."""
+    model = perturb(adapt(copy.deepcopy(net), rank=2, update=update, scale='plain'))
+    save_adapter(model, tmp_path / 'adapter')
+    tensors, metadata = contents(tmp_path / 'adapter')
+    config = json.loads(metadata['config'])
+    assert config.pop('scale') == 'plain'
+    write(tmp_path / 'adapter', tensors, dict(metadata, config=json.dumps(config)))
+    relative = adapt(copy.deepcopy(net), rank=2, update=update)
+    if update == 'additive':
+        load_adapter(relative, tmp_path / 'adapter')
+        assert torch.equal(relative(image), model(image))
+    else:
+        assert_refused(relative, tmp_path / 'adapter', "another configuration: scale 'plain', here 'relative'$")
+        assert torch.equal(load_adapter(adapt(net, rank=2, update=update, scale='plain'), tmp_path / 'adapter')(image),
+                           model(image))
+
+
 @pytest.mark.parametrize('name', ['stem.0.weight', 'stages.1.depthwise_conv.weight', 'stages.0.gamma', 'head.weight'])
 def test_other_frozen_weights(other, path, name):
     with torch.no_grad():
