@@ -13,6 +13,8 @@ from liera_mm.engine.cli import (
     config_of,
     exit_clearly,
 )
+from liera_mm.engine.config_tree import dicts
+from liera_mm.engine.datasets import datasets_of
 
 # isort: split
 from mmdet.engine.hooks.utils import trigger_visualization_hook
@@ -24,26 +26,34 @@ def use_tta(cfg: Config) -> None:
     """Wrap model and test pipeline for flipping, as the config says or in the default way: of boxes only, or of scores."""
     boxes = dict(type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100))
     cfg.setdefault('tta_model', dict(type='AverageClsScoreTTA') if cfg.get('default_scope') == 'mmpretrain' else boxes)
-    if 'tta_pipeline' not in cfg:
-        *steps, pack = cfg.test_dataloader.dataset.pipeline
+    datasets = [*datasets_of(cfg.get('test_dataloader') or {})]
+    if 'tta_pipeline' not in cfg and datasets:
+        *steps, pack = datasets[0].pipeline
         flips = [dict(type='RandomFlip', prob=1.), dict(type='RandomFlip', prob=0.)]
         keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction')
         cfg.tta_pipeline = [*steps, dict(type='TestTimeAug', transforms=[flips, [dict(pack, meta_keys=keys)]])]
     if (cfg.model.get('roi_head') or {}).get('mask_head'):
         print('MMDetection merges boxes of flipped images, but not masks: testing boxes only')
         cfg.model.roi_head.update(mask_head=None, mask_roi_extractor=None)
-        cfg.test_evaluator.metric = 'bbox'
+        for _, metric in dicts(cfg.test_evaluator, 'test_evaluator'):
+            if 'segm' in metric.get('metric', ()):
+                metric.metric = 'bbox'
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
-    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+    for dataset in datasets:
+        dataset.pipeline = cfg.tta_pipeline
 
 
 def show_predictions(cfg: Config, args: argparse.Namespace) -> None:
-    """Turn on the visualization hook, of mmpretrain or of MMDetection."""
+    """Turn on the visualization hook, of mmpretrain or of MMDetection; one that is there by default."""
+    if not cfg.get('default_hooks'):
+        cfg.default_hooks = {}
     if cfg.get('default_scope') == 'mmpretrain':
+        cfg.default_hooks.setdefault('visualization', dict(type='VisualizationHook'))
         folder = args.show_dir and osp.join(cfg.work_dir, args.show_dir)
         cfg.default_hooks.visualization.update(
             enable=True, interval=1, show=args.show, wait_time=args.wait_time, out_dir=folder)
     else:
+        cfg.default_hooks.setdefault('visualization', dict(type='DetVisualizationHook'))
         trigger_visualization_hook(cfg, args)
 
 

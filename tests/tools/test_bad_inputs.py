@@ -602,6 +602,21 @@ def test_what_stock_mmdetection_does_without(options, start):
     assert run.end is None and [*run.work_dir.glob('epoch_1.pth')]
 
 
+@pytest.mark.parametrize('hooks', ['dict(visualization=None)', 'None'])
+def test_flips_and_pictures_of_any_config(hooks, start, trained):
+    """Of data sets in others, evaluators in a list, and without a hook that draws."""
+    text = f'''
+test_dataloader = dict(dataset=dict(_delete_=True, type='ConcatDataset', datasets=[{{{{_base_.val_dataloader.dataset}}}}]))
+test_evaluator = [{{{{_base_.val_evaluator}}}}, dict(type='DumpDetResults', out_file_path='FOLDER/out.pkl')]
+default_hooks = {hooks}
+custom_hooks = [dict(type='LieRAHook')]
+'''
+    run = start(lambda run: both(config(DIGITS, text.replace('FOLDER', str(run.folder))), evaluate(), argument(
+        '--tta', '--show-dir', 'shown'), lambda run: run.options.__delitem__(slice(5, 6)))(run), trained)
+    assert run.end is None and (run.folder / 'out.pkl').exists()
+    assert len([*run.work_dir.glob('*/shown/*.jpg')]) == 3
+
+
 def test_rank_above_the_dimensions(start):
     log = log_of(start(liera(rank=30)))
     assert 'the rank is above the dimensions of 16 layers, such as backbone.downsample_layers.0.0' in log
