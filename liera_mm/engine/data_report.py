@@ -87,6 +87,12 @@ def _about_images(split: Split) -> Iterable[str]:
     empty = sorted(set(range(len(images))) - set(split.boxes.image[split.objects]))
     if empty:
         yield f'{len(empty)} of {len(images)} images have no box, such as {images[empty[0]]["file_name"]}'
+    ids, annotations = {image['id'] for image in images}, split.content['annotations']
+    for reason, lost in (('of images that are not listed', [a for a in annotations if a['image_id'] not in ids]),
+                         ('marked to ignore', [a for a in annotations if a['image_id'] in ids and a.get('ignore')])):
+        if lost:
+            yield (f'{len(lost)} of {len(annotations)} annotations are {reason}, and not used, such as that with id '
+                   f'{lost[0]["id"]}')
 
 
 def _about_boxes(split: Split) -> Iterable[str]:

@@ -136,6 +136,10 @@ def test_fewer_images_than_the_sheet_has_room_for(check, data, recwarn):
 
 ODD = {
     'images without boxes': (lambda train: train['annotations'].pop(), '1 of 24 images have no box, such as train23.png'),
+    'no image': (lambda train: train['annotations'].append(annotation(99, 99, 8, [30, 6, 20, 20])),
+                 '1 of 25 annotations are of images that are not listed, and not used, such as that with id 99'),
+    'to ignore': (lambda train: train['annotations'].append(annotation(99, 12, 8, [30, 6, 20, 20], ignore=1)),
+                  '1 of 25 annotations are marked to ignore, and not used, such as that with id 99'),
     'tiny': (lambda train: train['annotations'][3].update(bbox=[5, 6, 7, 20], area=140),
              '1 of 24 boxes are narrower or lower than 8 pixels, such as [5, 6, 7, 20] in train3.png'),
     'of area 0': (lambda train: train['annotations'][3].update(area=0),
