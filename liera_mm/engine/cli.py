@@ -68,8 +68,9 @@ def _config_error(error: Exception) -> Sequence[str]:
     message = message or traceback.extract_tb(error.__traceback__)[-1].line
     options = _doubtful_options(frames[1].f_locals) if len(frames) > 1 else ''
     inits = [frame.f_locals for frame in frames if frame.f_globals.get('__name__') == 'mmengine.model.base_module']
-    if isinstance(error, KeyError) and error.args == ('type', ) and 'init_cfg' in (inits or [{}])[-1]:
-        return (f'The init_cfg of a {type(inits[-1]["self"]).__name__} has no type: {inits[-1]["init_cfg"]!r:.150}',
+    init_cfg = inits[-1].get('init_cfg') if inits else None
+    if isinstance(error, KeyError) and error.args == ('type', ) and init_cfg and not type_name(init_cfg):
+        return (f'The init_cfg of a {type(inits[-1]["self"]).__name__} has no type: {init_cfg!r:.150}',
                 "Write type='Pretrained' beside its checkpoint, or the name of another initializer of MMEngine")
     builds = [frame for frame in frames if frame.f_code.co_name in ('build_from_cfg', *BUILDERS)]
     if builds:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.logging import MessageHub
-from mmengine.model import PretrainedInit
+from mmengine.model import BaseModule, PretrainedInit
 from mmengine.registry import MODELS
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch.nn import Linear
@@ -434,3 +434,17 @@ def test_what_is_no_part_of_a_model_is_named(value):
     problem, remedy = end.value.code.splitlines()
     assert problem == f'The RPNHead of the config has anchor_generator={value!r}, where a dict with a type belongs'
     assert remedy == 'Write anchor_generator=dict(type=...)'
+
+
+@pytest.mark.parametrize('init_cfg', [None, [dict(type='Normal', layer='Conv2d')]])
+def test_a_type_that_other_code_lacks_is_not_that_of_an_init_cfg(init_cfg):
+
+    class Part(BaseModule):
+
+        def init_weights(self):
+            raise KeyError('type')
+
+    model = BaseModule(init_cfg=init_cfg)
+    model.part = Part()
+    with pytest.raises(KeyError):
+        cli.exit_clearly(model.init_weights)
