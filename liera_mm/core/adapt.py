@@ -90,7 +90,7 @@ def adapt(model: nn.Module,
         raise ValueError(f'train_norm must be True or False, not {train_norm!r}')
     if train_bias not in (True, False, 'all'):
         raise ValueError(f"train_bias must be True, False or 'all', not {train_bias!r}")
-    layers = dict(model.named_modules())
+    layers = dict(model.named_modules(remove_duplicate=False))
     _check_weights(model)
     excluded, whole = (select(model, option, patterns) for option, patterns in (('exclude', exclude), ('train', train)))
     no_targets = isinstance(targets, (list, tuple)) and not targets and (train_norm or train_bias == 'all' or train)
@@ -103,7 +103,9 @@ def adapt(model: nn.Module,
             in_place.update(tensor_name(name, leaf) for leaf in layer._parameters)
         if train_bias == 'all' or train_bias and name in chosen:
             in_place.update(tensor_name(name, leaf) for leaf in layer._parameters if leaf.endswith('bias'))
-    in_place = [name for name, _ in model.named_parameters() if name in in_place - excluded]
+    parameters = dict(model.named_parameters(remove_duplicate=False))  # which can have several names
+    trained = {id(parameters[name]) for name in in_place - excluded if name in parameters}
+    in_place = [name for name, parameter in model.named_parameters() if id(parameter) in trained]
     if not chosen and not in_place:
         raise ValueError('nothing would train: there is no convolution and no linear layer left to adapt, nor norms or '
                          'biases to train')
@@ -141,7 +143,7 @@ def _choose(model: nn.Module, targets: Sequence[str], matched: Sequence[str], se
     Raises:
         ValueError, TypeError: If a layer that cannot be adapted is named, or if there is no other.
     """
-    layers = dict(model.named_modules())
+    layers = dict(model.named_modules(remove_duplicate=False))
     named = layers_by_name(layers, targets)
     refused, zero = _refusals(model, matched), set()
     for name in matched:
@@ -154,7 +156,9 @@ def _choose(model: nn.Module, targets: Sequence[str], matched: Sequence[str], se
         raise next(iter(refused.values()))
     for override in overrides:
         changes = {key: value for key, value in override.items() if key != 'targets'}
-        for name in match_layers({name: layers[name] for name in chosen}, override.get('targets', ())):
+        kept = {layers[name] for name in chosen}
+        named_kept = {name: layer for name, layer in layers.items() if layer in kept}
+        for name in match_layers(named_kept, override.get('targets', ())):
             chosen[name].update(changes)
         if 'method' in changes:
             named |= layers_by_name(layers, override['targets'])

@@ -24,7 +24,7 @@ def intended_parameters(model: nn.Module) -> Set[str]:
 
 def named_layers(model: nn.Module) -> Set[str]:
     """Names of the layers that a target of an adapted model names, rather than their kind."""
-    return layers_by_name(dict(model.named_modules()), model.liera['targets'])
+    return layers_by_name(dict(model.named_modules(remove_duplicate=False)), model.liera['targets'])
 
 
 def trained_in_place(model: nn.Module) -> Set[str]:

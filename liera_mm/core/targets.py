@@ -41,7 +41,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def match_layers(layers: Dict[str, nn.Module], targets: Sequence[str]) -> List[str]:
-    """Names of the layers that any of the targets selects, in the model's order.
+    """Names of the layers that any of the targets selects, in the model's order; of a layer with several, the first.
 
     Raises:
         ValueError: If one of the targets selects none.
@@ -68,7 +68,11 @@ def match_layers(layers: Dict[str, nn.Module], targets: Sequence[str]) -> List[s
         matched.update(names)
     if not matched:
         raise ValueError('the model has no convolution and no linear layer to adapt')
-    return [name for name in layers if name in matched]
+    first: Dict[nn.Module, str] = {}
+    for name, layer in layers.items():
+        first.setdefault(layer, name)
+    selected = {layers[name] for name in matched}
+    return [name for layer, name in first.items() if layer in selected]
 
 
 def layers_by_name(layers: Dict[str, nn.Module], targets: Sequence[str]) -> Set[str]:
@@ -77,7 +81,7 @@ def layers_by_name(layers: Dict[str, nn.Module], targets: Sequence[str]) -> Set[
 
 
 def select(model: nn.Module, option: str, patterns: Sequence[str]) -> Set[str]:
-    """Names of the modules and parameters that any of the patterns matches, and of all in them.
+    """Names of the modules and parameters that any of the patterns matches, and of all in them; all that each has.
 
     Args:
         model: The model.
@@ -89,7 +93,7 @@ def select(model: nn.Module, option: str, patterns: Sequence[str]) -> Set[str]:
     """
     _check_list(option, patterns)
     layers = dict(model.named_modules(remove_duplicate=False))
-    names = [*layers, *(name for name, _ in model.named_parameters(remove_duplicate=False))]
+    names = {**layers, **dict(model.named_parameters(remove_duplicate=False))}
     matched = set()
     for pattern in patterns:
         compiled = _pattern(pattern)
@@ -98,8 +102,9 @@ def select(model: nn.Module, option: str, patterns: Sequence[str]) -> Set[str]:
         if not found:
             raise ValueError(f'{option} {pattern!r} matches nothing in the model{nearest(pattern, [*KINDS, *names])}')
         matched.update(found)
-    return {name for name in names if name in matched or '' in matched
-            or any(name[:i] in matched for i, letter in enumerate(name) if letter == '.')}
+    selected = {id(part) for name, part in names.items() if name in matched or '' in matched
+                or any(name[:i] in matched for i, letter in enumerate(name) if letter == '.')}
+    return {name for name, part in names.items() if id(part) in selected}
 
 
 def _check_list(option: str, patterns: Any) -> None:

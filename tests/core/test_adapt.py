@@ -727,6 +727,27 @@ def test_a_layer_under_two_names(perturb):
     torch.testing.assert_close(base(x), model(x), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize('name', ['first', 'second'])
+@pytest.mark.parametrize(('settings', 'adapted', 'in_place'), [
+    (lambda name: dict(targets=[name]), {'first': 16}, set()),
+    (lambda name: dict(overrides=[dict(targets=[name], rank=2)]), {'first': 2, 'third': 16}, set()),
+    (lambda name: dict(exclude=[name]), {'third': 16}, set()),
+    (lambda name: dict(train=[name]), {'third': 16}, {'first.weight', 'first.bias'}),
+    (lambda name: dict(exclude=[f'{name}.bias'], train_bias=True), {'first': 16, 'third': 16}, set()),
+    (lambda name: dict(targets=['third'], train_bias=True), {'third': 16}, {'first.bias'}),  # third's
+    (lambda name: dict(targets=['third'], train=[f'{name}.bias']), {'third': 16}, {'first.bias'}),
+    (lambda name: dict(targets=['third'], exclude=[f'{name}.bias'], train_bias=True), {'third': 16}, set()),
+], ids=['targets', 'overrides', 'exclude', 'train', 'exclude bias', 'tied bias', 'train tied bias', 'exclude tied bias'])
+def test_each_name_is_as_good_as_the_first(name, settings, adapted, in_place):
+    """Of layers and of parameters that have two."""
+    model = Twice()
+    model.third = nn.Linear(4, 4)
+    model.third.bias = model.first.bias
+    adapt(model, **settings(name))
+    assert {name: layer.adapter.rank for name, layer in adapted_layers(model)} == adapted
+    assert trains(model) == in_place
+
+
 # Reports
 
 
