@@ -3,6 +3,7 @@ import contextlib
 import copy
 import functools
 import math
+import numbers
 from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
 import torch
@@ -109,7 +110,7 @@ def combine(model: nn.Module, weights: Mapping[str, float], name: str) -> nn.Mod
                          f'{weights!r}')
     for part, weight in weights.items():
         _check_loaded(model, part)
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        if isinstance(weight, bool) or not isinstance(weight, numbers.Real) or not math.isfinite(weight):
             raise ValueError(f'the weight of {part!r} must be a finite number, not {weight!r}')
     active = active_adapter(model)
     with _unfolded(model):

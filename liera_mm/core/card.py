@@ -19,7 +19,7 @@ class Card:
         base_source: Where the weights of that are from, in a sentence or an address.
         data: What it was trained on.
         classes: Their names, in the order of the data.
-        metrics: Numbers by their names, which must be finite.
+        metrics: Numbers by their names, which must be finite. A ValueError says which is no number.
         tags: For the search of a hub.
         license: A short name of a hub's list, such as ``apache-2.0``.
         versions: Of packages that it was trained with, by name.
@@ -34,6 +34,15 @@ class Card:
     license: str = 'unknown'
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     notes: Sequence[str] = ()
+
+    def __post_init__(self):
+        metrics = {}
+        for name, value in self.metrics.items():
+            try:
+                metrics[name] = float(value)  # also those of numpy and torch
+            except (TypeError, ValueError):
+                raise ValueError(f'the metric {name!r} of a card is {value!r}, which is no number') from None
+        object.__setattr__(self, 'metrics', metrics)
 
     def to_json(self) -> str:
         """The card as one line.

@@ -92,7 +92,7 @@ def adapter_card(path: Union[str, os.PathLike]) -> str:
     card = _parse(path, metadata, 'card') if 'card' in metadata else {}
     try:
         known = Card(**card)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f'{path} has a card that cannot be read: {error}') from None
     return markdown(known, Path(path).name, _parse(path, metadata, 'config'), _numbers(tensors))
 

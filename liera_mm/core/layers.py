@@ -7,6 +7,7 @@ forward pass, whatever that does, and to modules that use a layer's weight witho
 """
 import functools
 import inspect
+from contextlib import nullcontext
 from typing import Any, List, NoReturn, Optional, Sequence, Tuple, Type
 
 import torch
@@ -279,7 +280,8 @@ def effective_weights(layers: Sequence[nn.Module], dtype: Optional[torch.dtype] 
     """
     weights, groups, formula = {}, {}, builtin_only()
     held = {layer: layer._parameters['weight'] if isinstance(layer, AdaptedLayer) else layer.weight for layer in layers}
-    with torch.autocast(held[layers[0]].device.type, enabled=False):
+    device = held[layers[0]].device.type
+    with nullcontext() if device == 'meta' else torch.autocast(device, enabled=False):
         for layer, weight in held.items():
             result = dtype or weight.dtype
             if not isinstance(layer, AdaptedLayer) or layer.merged:

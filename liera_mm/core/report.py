@@ -20,7 +20,7 @@ class RangeReport(NamedTuple):
     """How far the perturbations of a model have gone.
 
     Attributes:
-        max_delta: Largest absolute value in any Δ.
+        max_delta: Largest absolute value in any Δ; 0 if there is none.
         max_delta_layer: Name of the layer that has it.
         sign_change_share: Share of the weights under ``taylor`` with Δ <= -1, where the update leaves the group.
         zero_weights: Number of frozen weights that are zero, which no multiplicative update can move.
@@ -46,7 +46,7 @@ def range_report(model: nn.Module) -> RangeReport:
             taylor_weights += delta.numel()
         if layer.update in MULTIPLICATIVE:
             zeros += int((layer.frozen_weight == 0).sum())
-    return RangeReport(largest, where, changed / max(taylor_weights, 1), zeros)
+    return RangeReport(max(largest, 0.), where, changed / max(taylor_weights, 1), zeros)
 
 
 @functools.partial(through_wrappers, does='reads')

@@ -863,6 +863,7 @@ def test_weights_that_take_the_place_of_others(net, image, perturb, method):
 @pytest.mark.parametrize('method', METHODS)
 def test_a_model_without_values_gets_pretrained_weights(net, image, method, assign):
     empty = adapt(copy.deepcopy(net).to('meta'), rank=2, method=method, kernel_rank=3)
+    assert empty(image.to('meta')).shape == net(image).shape
     if not assign:
         torch.use_deterministic_algorithms(True, warn_only=True)  # which fills fresh memory with NaN
         try:

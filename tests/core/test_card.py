@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -117,7 +118,13 @@ def test_files_without_a_card_load(path, model):
     assert adapter_card(old).startswith('---\nlibrary_name: liera_mm\n')
 
 
-@pytest.mark.parametrize('card', ['', '[]', '{"other": 1}'])
+@pytest.mark.parametrize('number', [.5, np.float32(.5), np.float64(.5), torch.tensor(.5)], ids=repr)
+def test_metrics_are_numbers_of_any_library(model, path, number):
+    save_adapter(model, path, card=dict(metrics=dict(mAP=number)))
+    assert '`mAP`: 0.5' in adapter_card(path)
+
+
+@pytest.mark.parametrize('card', ['', '[]', '{"other": 1}', '{"metrics": {"mAP": "good"}}'])
 def test_a_card_that_cannot_be_read(path, model, card):
     """It is no reason not to load the adapter."""
     with safe_open(path, 'pt') as file:
@@ -132,6 +139,7 @@ def test_a_card_that_cannot_be_read(path, model, card):
 
 @pytest.mark.parametrize(('card', 'error'), [
     (dict(metrics=dict(mAP=float('nan'))), ValueError), (dict(metrics=dict(mAP=float('inf'))), ValueError),
+    (dict(metrics=dict(mAP='good')), ValueError), (dict(metrics=dict(mAP=None)), ValueError),
     (dict(licence='mit'), TypeError)], ids=str)
 def test_what_is_refused(model, tmp_path, card, error):
     with pytest.raises(error):

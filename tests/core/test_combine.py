@@ -1,6 +1,7 @@
 """Sums of adapters: exact in the algebra, a product in the group, of any rank; saved, loaded, switched."""
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -73,6 +74,13 @@ def test_one_adapter_with_weight_1_is_itself(make, image, method, update):
     expected = set_adapter(model, 'dogs')(image)
     combine(model, {'dogs': 1}, 'same')
     torch.testing.assert_close(model(image), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_of_numpy(make):
+    model = make(rank=2)
+    expected = deltas(combine(model, {'cats': .5, 'dogs': 2}, 'all'), 'all')
+    ours = deltas(combine(model, {'cats': np.float32(.5), 'dogs': np.int64(2)}, 'all'), 'all')
+    assert all(torch.equal(ours[key], delta) for key, delta in expected.items())
 
 
 @pytest.mark.parametrize('method', METHODS)

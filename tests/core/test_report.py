@@ -62,6 +62,10 @@ def test_range_report_names_the_layer_that_is_not_finite(position, value):
     assert math.isnan(report.max_delta) if math.isnan(value) else report.max_delta == math.inf
 
 
+def test_range_report_without_layers(net):
+    assert range_report(adapt(net, targets=[], train_norm=True)) == (0, '', 0, 0)
+
+
 def test_range_report_without_taylor_layers():
     model = adapt(nn.Linear(2, 2), method='dense', update='additive')
     set_delta(model, -3.)
