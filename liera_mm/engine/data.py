@@ -14,7 +14,7 @@ from ..core.errors import SetupError
 from . import annotations as coco
 from .checkpoint import check_backbones
 from .datasets import listed, parts_of, steps_of
-from .evaluators import check_evaluator
+from .evaluators import check_evaluator, check_monitored
 from .heads import check_heads, check_masks_of_heads
 from .images import check_images
 
@@ -34,6 +34,9 @@ class DataChecks(Hook):
         if runner.val_loop is not None:
             self._check_evaluation(runner, 'val', runner.val_dataloader, runner.val_evaluator)
             check_same_classes(train=runner.train_dataloader.dataset, val=runner.val_dataloader.dataset)
+            schedulers = runner.param_schedulers or []
+            schedulers = sum(schedulers.values(), []) if isinstance(schedulers, dict) else schedulers
+            check_monitored(runner.val_evaluator, [*runner.hooks, *schedulers])
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: Dict[str, Any]) -> None:
         check_backbones(runner.model, checkpoint)

@@ -1,18 +1,18 @@
 """Checks of evaluators: that they are of the images of their data set."""
 import os.path as osp
 from collections import Counter
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
 from mmdet.datasets import BaseDetDataset, ConcatDataset
-from mmengine.evaluator import BaseMetric, Evaluator
+from mmengine.evaluator import BaseMetric, DumpResults, Evaluator
 from pycocotools.coco import COCO
 from torch import nn
 from torch.utils.data import Dataset
 
 from ..core.errors import SetupError
 from . import annotations as coco
-from .datasets import parts_of, some_of, steps_of
+from .datasets import listed, parts_of, some_of, steps_of
 from .heads import detector_of
 
 
@@ -40,6 +40,52 @@ def check_evaluator(split: str, dataset: Dataset, evaluator: Evaluator, model: n
                              "Add dict(type='LoadAnnotations', with_bbox=True) to it, before PackDetInputs")
         if isinstance(metric, CocoMetric) and not isinstance(metric, LVISMetric) and not metric.format_only:
             _check_coco_metric(split, metric, its_cfg.get('ann_file'), its_parts, model)
+
+
+def check_monitored(evaluator: Evaluator, observers: Sequence[Any]) -> None:
+    """Check that the metrics by which hooks and schedulers choose, stop or slow down are such as an evaluator gives.
+
+    Args:
+        evaluator: That of the validation.
+        observers: Hooks and schedulers: what has ``key_indicators`` or a ``monitor`` observes metrics of these names.
+
+    Raises:
+        SetupError: If one is not; of what other metrics than MMDetection's CocoMetric give, the prefix alone is known.
+    """
+    from mmdet.evaluation import CocoMetric  # late, for its import warns
+    names, prefixes = [], []
+    metrics = list(getattr(evaluator, 'metrics', ()))
+    for outer, metric in zip(getattr(evaluator, 'dataset_prefixes', [''] * len(metrics)), metrics):
+        prefix = ''.join(f'{part}/' for part in (outer, metric.prefix) if part)
+        if type(metric) is CocoMetric:
+            names += [f'{prefix}{name}' for name in _coco_names(metric)]
+        elif not isinstance(metric, DumpResults):
+            prefixes.append(prefix)
+    for observer in observers:
+        for key in getattr(observer, 'key_indicators', None) or [getattr(observer, 'monitor', 'auto')]:
+            if key != 'auto' and key not in names and not key.startswith(tuple(prefixes)):
+                given = names + [f'{prefix}...' for prefix in prefixes]
+                meant = coco.nearest(key.rpartition('/')[2], [name.rpartition('/')[2] for name in names])
+                meant = [name for name in names if name.rpartition('/')[2] == meant][:1]
+                raise SetupError(
+                    f'{type(observer).__name__} goes by {key!r}, and the val evaluator gives {listed(given) or "no metric"}',
+                    f'Did you mean {meant[0]!r}?' if meant else 'Name one of these, or have the evaluator give it')
+
+
+def _coco_names(metric: BaseMetric) -> List[str]:
+    """Names of what a CocoMetric gives, without its prefix."""
+    names = []
+    for kind in () if metric.format_only else metric.metrics:
+        if kind == 'proposal_fast':
+            names += [f'AR@{count}' for count in metric.proposal_nums]
+        elif kind == 'proposal':
+            names += metric.metric_items or ['AR@100', 'AR@300', 'AR@1000', 'AR_s@1000', 'AR_m@1000', 'AR_l@1000']
+        else:
+            items = metric.metric_items or ['mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l']
+            names += [f'{kind}_{item}' for item in items]
+            if metric.classwise:
+                names += [f'{name}_precision' for name in metric.dataset_meta['classes']]
+    return names
 
 
 def _check_counts(split: str, dataset: Dataset, evaluator: Evaluator) -> None:

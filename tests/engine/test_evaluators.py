@@ -5,13 +5,14 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.evaluator import Evaluator
+from mmengine.hooks import CheckpointHook, EarlyStoppingHook
 from mmengine.registry import DATASETS, EVALUATOR, DefaultScope
 from torch import nn
 
 from liera_mm.core.errors import SetupError
 from liera_mm.engine.cli import check_data
 from liera_mm.engine.data import check_same_classes
-from liera_mm.engine.evaluators import check_evaluator
+from liera_mm.engine.evaluators import check_evaluator, check_monitored
 
 CLASSES = tuple('0123456789')
 FILE = 'annotations/instances_{}2017.json'
@@ -86,6 +87,26 @@ def test_ids_of_annotations(digits, tmp_path, ids):
                 bboxes=torch.stack([x, y, x + w, y + h], 1), scores=torch.ones(len(entries)),
                 labels=torch.tensor([label[entry['category_id']] for entry in entries], dtype=int)))])
     assert evaluator.evaluate(len(content['images']))['coco/bbox_mAP'] == 1
+
+
+def test_metrics_that_hooks_go_by(digits):
+    """With the names that each evaluator gives, and none that it gives not."""
+    dataset = coco(digits)
+    all_kinds = dict(metric(digits), metric=['bbox', 'proposal_fast'], classwise=True, prefix='x')
+    for cfg, right, wrong in (
+            (metric(digits), ['auto'], 'coco/segm_mAP'),
+            (all_kinds, ['x/bbox_mAP_s', 'x/AR@300', 'x/3_precision'], 'coco/bbox_mAP'),
+            ([metric(digits), dict(type='VOCMetric')], ['coco/bbox_mAP', 'pascal_voc/AP50'], 'mAP'),
+            ([metric(digits), dict(type='DumpDetResults', out_file_path='out.pkl')], ['coco/bbox_mAP'], 'mAP')):
+        evaluator = check(dataset, cfg)
+        check_monitored(evaluator, [CheckpointHook(save_best=right, rule='greater'), CheckpointHook()])
+        with pytest.raises(SetupError, match=f"CheckpointHook goes by '{wrong}', and the val evaluator gives "):
+            check_monitored(evaluator, [CheckpointHook(save_best=wrong)])
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        both = EVALUATOR.build(several(metric(digits), dict(type='VOCMetric')))
+    check_monitored(both, [EarlyStoppingHook('a/coco/bbox_mAP'), EarlyStoppingHook('b/pascal_voc/mAP')])
+    with pytest.raises(SetupError, match="\nDid you mean 'a/coco/bbox_mAP'?"):
+        check_monitored(both, [EarlyStoppingHook('coco/bbox_mAP')])
 
 
 @pytest.mark.parametrize('content, problem', [

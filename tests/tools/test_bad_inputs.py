@@ -402,6 +402,16 @@ BAD_INPUTS = {
         lambda run: run.options.append(f'val_evaluator.ann_file={run.data}/train2017/000000000001.jpg'), 'no JSON file'),
     'LVIS without its package': (options(**{'val_evaluator.type': 'LVISMetric'}), 'Package lvis is not installed'),
     'a metric that is none': (options(**{'val_evaluator.metric': 'mAP'}), "metric should be one of 'bbox', 'segm'"),
+    'a best checkpoint by a metric without its prefix': (
+        options(**{'default_hooks.checkpoint.save_best': 'bbox_mAP'}), "CheckpointHook goes by 'bbox_mAP'"),
+    'a best checkpoint by a metric that is not evaluated': (
+        options(**{'default_hooks.checkpoint.save_best': 'coco/segm_mAP', 'val_evaluator.metric': 'bbox'}),
+        "CheckpointHook goes by 'coco/segm_mAP'"),
+    'an early stop by a misspelt metric': (
+        options(**{'default_hooks.stop': "dict(type='EarlyStoppingHook',monitor='coco/bbox_map')"}),
+        "EarlyStoppingHook goes by 'coco/bbox_map'"),
+    'a learning rate by a metric that is the loss': (
+        options(param_scheduler="[dict(type='ReduceOnPlateauLR',monitor='loss')]"), "ReduceOnPlateauLR goes by 'loss'"),
     'a misspelt type': (options(**{'val_evaluator.type': 'CocoMetrics'}), 'has a CocoMetrics, which is not registered'),
     'a misspelt type in the model': (options(**{'model.neck.type': 'FPM'}), 'has a FPM, which is not registered'),
     'a misspelt step': (options(**{'train_dataloader.dataset.pipeline.2.type': 'Resise'}), 'has a Resise, which'),
