@@ -224,9 +224,11 @@ def test_results_in_one_file(run, call, tmp_path):
     assert calls(tmp_path) == ['lora 0', 'lora 1', 'frozen 0']
 
 
-@pytest.mark.parametrize('value', ['[conv,linear]', '(conv,linear)'])
-def test_options_that_are_lists(run, call, tmp_path, value):
-    options = '--methods', 'lora', 'frozen', '--cfg-options', f'model.backbone.liera.targets={value}'
+@pytest.mark.parametrize('option', [
+    'model.backbone.liera.targets=[conv,linear]', 'model.backbone.liera.targets=(conv,linear)',
+    'optim_wrapper.clip_grad=dict(norm_type=2,max_norm=1.)', "custom_hooks=[dict(type='LieRAHook',card=dict(data='x'))]"])
+def test_options_that_are_lists_or_dicts(run, call, tmp_path, option):
+    options = '--methods', 'lora', 'frozen', '--cfg-options', option
     run(*options)
     assert '2 runs, 2 of them finished' in run(*options)
     call('report')
@@ -247,6 +249,26 @@ def test_results_that_cannot_be_read(run, call, tmp_path, text):
     (tmp_path / 'results/digits/lora.json').write_text(text)
     with pytest.raises(SetupError, match='lora.json is no result of a run\n'):
         call('report')
+
+
+@pytest.mark.parametrize('content', [b'\xff', b'without metrics'])
+def test_results_that_are_damaged(run, call, tmp_path, content):
+    run('--methods', 'lora')
+    file, = tmp_path.glob('results/digits/*.json')
+    file.write_bytes(json.dumps(dict(json.loads(file.read_text()), metrics={})).encode() if len(content) > 1 else content)
+    with pytest.raises(SetupError, match=' is no result of a run\n'):
+        call('report')
+
+
+def test_a_training_that_detects_nothing(monkeypatch, tmp_path, data):
+    """Scores zero, where MMDetection's evaluation gives no metrics."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr('mmengine.device.utils.DEVICE', 'cpu')
+    monkeypatch.setattr(study_run.Runner, 'train', lambda self: None)
+    monkeypatch.setattr(study_run.Runner, 'val', lambda self: {})
+    run = Run('digits', 'frozen', 1e-3, None, None, (), 0)
+    study_run.train(run, tmp_path, str(data), False, 1)
+    assert study.read_results(tmp_path)[0]['metrics'] == {'coco/bbox_mAP': 0, 'coco/segm_mAP': 0}
 
 
 def test_best(run, tmp_path):

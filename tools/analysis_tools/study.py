@@ -134,12 +134,13 @@ def read_results(out: Path) -> List[Dict[str, Any]]:
     """
     together = out / TOGETHER
     texts = {f'{together}, line {number},': line for number, line in enumerate(
-        together.read_text().splitlines() if together.is_file() else (), 1)}
-    texts.update({f'{file}': file.read_text() for file in out.glob('results/*/*.json')})
+        together.read_text(errors='replace').splitlines() if together.is_file() else (), 1)}
+    texts.update({f'{file}': file.read_text(errors='replace') for file in out.glob('results/*/*.json')})
     by_run = {}
     for where, text in texts.items():
         try:
             result = json.loads(text)
+            float(result['metrics'][METRIC])
             by_run[to_run(result)] = result
         except (ValueError, KeyError, TypeError, AttributeError):
             raise SetupError(f'{where} is no result of a run', 'Take it out, and call study.py run again') from None

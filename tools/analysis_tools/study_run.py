@@ -98,10 +98,19 @@ class Run(NamedTuple):
                          *(f'{key}={value}' for key, value in self.options), f'seed {self.seed}'])
 
 
+class HashableDict(dict):
+    """A dict that is not to be changed."""
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.items()))
+
+
 def options_of(options: Dict[str, Any]) -> Tuple[Tuple[str, Any], ...]:
     """Keys of a config and their values in order, with tuples for lists: the same from a command line and from a file."""
 
     def hashable(value: Any) -> Any:
+        if isinstance(value, dict):
+            return HashableDict(options_of(value))
         return tuple(map(hashable, value)) if isinstance(value, (list, tuple)) else value
 
     return tuple((key, hashable(value)) for key, value in sorted(options.items()))
@@ -213,9 +222,10 @@ def train(run: Run, out: Path, data: str, keep: bool, jobs: int) -> None:
     runner.register_hook(recorder)
     counts = count_parameters(runner.model.backbone)
     runner.train()
-    metrics = runner.val()
+    metrics = scores(runner.val(), cfg.val_evaluator)
     # A world may have another set of images, on which nothing is chosen
-    test_metrics = runner.test() if cfg.test_dataloader != cfg.val_dataloader else None
+    tests = cfg.test_dataloader != cfg.val_dataloader
+    test_metrics = scores(runner.test(), cfg.test_evaluator) if tests else None
     for loader in (runner.train_dataloader, runner.val_dataloader, runner.test_dataloader if test_metrics else None):
         if loader is not None:
             loader._iterator = None  # ends the processes that load data
@@ -231,6 +241,12 @@ def train(run: Run, out: Path, data: str, keep: bool, jobs: int) -> None:
     write_atomically(file, json.dumps(result).encode())
     if not keep:
         shutil.rmtree(folder)
+
+
+def scores(metrics: Dict[str, float], evaluator: Dict[str, Any]) -> Dict[str, float]:
+    """The metrics of an evaluator, which MMDetection leaves out if there is no detection at all: it then scores zero."""
+    kinds = evaluator['metric']
+    return metrics or {f'coco/{kind}_mAP': 0. for kind in ([kinds] if isinstance(kinds, str) else kinds)}
 
 
 def count_parameters(backbone: torch.nn.Module) -> Dict[str, int]:
