@@ -73,13 +73,20 @@ def set_adapter(model: nn.Module, name: str) -> nn.Module:
     return model
 
 
+def loaded_adapters(model: nn.Module) -> List[Adapter]:
+    """The active adapter, and those that are parked."""
+    return [_current(model), *_parked(model).values()]
+
+
 @torch.inference_mode(False)  # a copy made in it could never train
-def start_adapter(model: nn.Module, name: str) -> None:
-    """Make an adapter of that name the active one, with memory of its own; it begins as a copy of the one before."""
-    if name != active_adapter(model):
+def start_adapter(model: nn.Module, name: str, like: Adapter) -> None:
+    """Make an adapter of that name the active one, with memory of its own; it begins as a copy of another.
+
+    The active one stays as it is, if it has the name and the settings.
+    """
+    if name != active_adapter(model) or like.settings != model.liera:
         with _unfolded(model):
-            current = _current(model)
-            _exchange(model, name, current._replace(tensors={key: t.clone() for key, t in current.tensors.items()}))
+            _exchange(model, name, like._replace(tensors={key: t.clone() for key, t in like.tensors.items()}))
 
 
 @through_wrappers

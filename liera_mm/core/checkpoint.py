@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 from safetensors import SafetensorError
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..version import __version__
 from .adapt import BEFORE
-from .adapters import adapter_state_dict, frozen_names, start_adapter
+from .adapters import Adapter, adapter_state_dict, frozen_names, loaded_adapters, start_adapter
 from .card import FRONT, Card, markdown
 from .group import MULTIPLICATIVE
 from .text import some
@@ -105,8 +105,8 @@ def load_adapter(model: nn.Module,
 
     Args:
         model: The adapted model, with its base weights in place.
-        source: A file of :func:`save_adapter`, whose configuration and fingerprint must be the model's, or the tensors
-            alone (:func:`adapter_state_dict`).
+        source: A file of :func:`save_adapter`, whose fingerprint must be the model's, and whose configuration that of an
+            adapter that is loaded; or the tensors alone (:func:`adapter_state_dict`) of one like that which is active.
         name: What the adapter is called. It becomes the active one; others stay loaded, and
             :func:`liera_mm.set_adapter` returns to them.
 
@@ -117,9 +117,13 @@ def load_adapter(model: nn.Module,
         ValueError: If the source is damaged, has other tensors or shapes, holds values that are not finite, or was
             trained with another configuration or on other frozen weights.
     """
-    expected = adapter_state_dict(model)
-    tensors = dict(source) if isinstance(source, Mapping) else _read(model, source)
-    tensors = plain_names(tensors, expected)
+    loaded = loaded_adapters(model)
+    if isinstance(source, Mapping):
+        tensors, like = plain_names(source, loaded[0].tensors), loaded[0]
+    else:
+        tensors, like = _read(model, source, loaded)
+        tensors = plain_names(tensors, like.tensors)
+    expected = like.tensors
     missing, unexpected = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
     if missing or unexpected:
         raise ValueError(f'the adapter does not fit the model: missing {some(missing)}; unexpected {some(unexpected)}')
@@ -132,7 +136,7 @@ def load_adapter(model: nn.Module,
                              f'the model has {expected[key].dtype}')
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f'the adapter is damaged: {key} has values that are not finite')
-    start_adapter(model, name)
+    start_adapter(model, name, like)
     model.load_state_dict(tensors, strict=False)
     return model
 
@@ -179,13 +183,15 @@ def _open(path: Union[str, os.PathLike]) -> Tuple[Dict[str, str], Dict[str, Tens
         raise ValueError(f'{path} is no adapter file, or a damaged one: {error}') from error
 
 
-def _read(model: nn.Module, path: Union[str, os.PathLike]) -> Dict[str, Tensor]:
+def _read(model: nn.Module, path: Union[str, os.PathLike],
+          loaded: Sequence[Adapter]) -> Tuple[Dict[str, Tensor], Adapter]:
+    """The tensors of a file, and which of the adapters that are loaded has its configuration."""
     metadata, tensors = _open(path)
     config, base = (_parse(path, metadata, key) for key in ('config', 'fingerprint'))
-    ours, here = json.loads(json.dumps(model.liera)), fingerprint(model)
-    different = differences({**BEFORE, **config}, ours)
-    if different:
-        raise ValueError(f'{path} was trained with another configuration: {different}')
+    different = [differences({**BEFORE, **config}, json.loads(json.dumps(adapter.settings))) for adapter in loaded]
+    if all(different):
+        raise ValueError(f'{path} was trained with another configuration: {different[0]}')
+    like, here = loaded[different.index('')], fingerprint(model)
     different = {name for name in base.keys() | here.keys() if base.get(name) != here.get(name)}
     rounded = _parse(path, metadata, 'rounded') if 'rounded' in metadata else {}
     state = model.state_dict()
@@ -197,7 +203,7 @@ def _read(model: nn.Module, path: Union[str, os.PathLike]) -> Dict[str, Tensor]:
                 'before converting the model') if converted else ''
         raise ValueError(
             f'{path} was trained on other frozen weights: {some(different)} of {len(base)} tensors differ{hint}')
-    return tensors
+    return tensors, like
 
 
 def _numbers(tensors: Mapping[str, Tensor]) -> int:

@@ -129,6 +129,19 @@ def test_its_file(make, net, image, tmp_path, method):
     assert (tmp_path / 'again').read_bytes() == (tmp_path / 'all').read_bytes()
 
 
+@pytest.mark.parametrize('name', ['fish', 'cats', 'all'])
+@pytest.mark.parametrize('method', METHODS)
+def test_files_of_the_parts_load_beside_it(make, image, tmp_path, method, name):
+    model = make(double=False, rank=2, method=method)
+    save_adapter(set_adapter(model, 'dogs'), tmp_path / 'dogs')
+    combine(model, {'dogs': .5, 'birds': .5}, 'all')
+    outputs = {key: set_adapter(model, key)(image) for key in ('cats', 'dogs', 'birds', 'all')}
+    assert torch.equal(load_adapter(model, tmp_path / 'dogs', name)(image), outputs['dogs'])
+    assert active_adapter(model) == name and model.liera['rank'] == 2
+    for key in outputs.keys() - {name}:
+        assert torch.equal(set_adapter(model, key)(image), outputs[key])
+
+
 def test_switching_between_ranks(make, image):
     model = make(double=False, rank=2)
     outputs = {name: set_adapter(model, name)(image) for name in WEIGHTS}
