@@ -251,6 +251,13 @@ def test_results_that_cannot_be_read(run, call, tmp_path, text):
         call('report')
 
 
+def test_options_as_the_tools_take_them(run):
+    with pytest.raises(SetupError, match='optim_wraper.clip_grad changes nothing: .*\nDid you mean optim_wrapper'):
+        run('--cfg-options', 'optim_wraper.clip_grad=None')
+    cfg = study_run.config_of(Run('digits', 'lora', 1e-3, 4, 8, (('custom_hooks.0.card', dict(data='x')), ), 0))
+    assert cfg.custom_hooks[0].card == dict(data='x') and len(cfg.custom_hooks) == 1
+
+
 @pytest.mark.parametrize('content', [b'\xff', b'without metrics'])
 def test_results_that_are_damaged(run, call, tmp_path, content):
     run('--methods', 'lora')

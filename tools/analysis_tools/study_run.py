@@ -22,6 +22,7 @@ from liera_mm.core.errors import SetupError
 from liera_mm.engine.checkpoint import latest_checkpoint
 from liera_mm.engine.cli import check_data, check_weights, load_config
 from liera_mm.engine.config_tree import replace_prefix
+from liera_mm.engine.options import merge_options
 
 # isort: split
 import torch
@@ -128,8 +129,8 @@ def config_of(run: Run, data: str = 'data') -> Config:
     if run.method != 'full':
         liera = METHODS[run.method]
         cfg.model.backbone.liera = liera and dict(liera, **(dict(rank=run.rank, alpha=run.alpha) if run.rank else {}))
-    cfg.merge_from_dict({**RUN_OPTIONS, 'optim_wrapper.optimizer.lr': run.lr, 'randomness.seed': run.seed,
-                         **dict(run.options)})
+    cfg.merge_from_dict({**RUN_OPTIONS, 'optim_wrapper.optimizer.lr': run.lr, 'randomness.seed': run.seed})
+    merge_options(cfg, dict(run.options))
     return Config(replace_prefix(cfg.to_dict(), 'data/', os.path.join(data, '')), filename=cfg.filename)
 
 
