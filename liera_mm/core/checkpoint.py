@@ -230,17 +230,17 @@ def _narrower(tensor: Tensor) -> List[torch.dtype]:
 
 def differences(theirs: Dict[str, Any], ours: Dict[str, Any]) -> str:
     """What is not the same in two configurations: ``rank 2, here 3; ...``; nothing if they are equal."""
-    theirs, ours = _that_count(theirs), _that_count(ours)
+    both = [each for settings in (theirs, ours) for each in (settings, *settings.get('overrides', []))]
+    if not any(each.get('update') in MULTIPLICATIVE for each in both):
+        theirs, ours = _without_scales(theirs), _without_scales(ours)
     return '; '.join(f'{key} {theirs.get(key)!r}, here {ours.get(key)!r}' for key in sorted(theirs.keys() | ours.keys())
                      if theirs.get(key) != ours.get(key))
 
 
-def _that_count(settings: Dict[str, Any]) -> Dict[str, Any]:
-    """Settings without their scales if every layer is ``additive``, where both scales are the same."""
-    overrides = settings.get('overrides', [])
-    if any(each.get('update') in MULTIPLICATIVE for each in (settings, *overrides)):
-        return settings
-    overrides = [{key: value for key, value in override.items() if key != 'scale'} for override in overrides]
+def _without_scales(settings: Dict[str, Any]) -> Dict[str, Any]:
+    """Settings without their scales, which are the same where every layer is ``additive``."""
+    overrides = [{key: value for key, value in override.items() if key != 'scale'}
+                 for override in settings.get('overrides', [])]
     return {key: overrides if key == 'overrides' else value for key, value in settings.items() if key != 'scale'}
 
 
