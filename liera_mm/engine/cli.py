@@ -72,9 +72,10 @@ def _config_error(error: Exception) -> Sequence[str]:
     if isinstance(error, KeyError) and error.args == ('type', ) and init_cfg and not type_name(init_cfg):
         return (f'The init_cfg of a {type(inits[-1]["self"]).__name__} has no type: {init_cfg!r:.150}',
                 "Write type='Pretrained' beside its checkpoint, or the name of another initializer of MMEngine")
-    builds = [frame for frame in frames if frame.f_code.co_name in ('build_from_cfg', *BUILDERS)]
+    builds = [frame for frame in frames if frame.f_code.co_name in ('build_from_cfg', 'build_scheduler_from_cfg', *BUILDERS)]
     if builds:
-        name = BUILDERS.get(builds[-1].f_code.co_name, builds[-1].f_locals.get('obj_type'))
+        names = builds[-1].f_locals
+        name = BUILDERS.get(builds[-1].f_code.co_name, names.get('obj_type') or names.get('scheduler_type'))
         if name == 'Runner':
             message = message.partition(', but got ')[0]  # whole parts of the config
         if name is None and len(builds) > 1:
@@ -96,7 +97,7 @@ def _config_error(error: Exception) -> Sequence[str]:
             return (f'The config has a {name}, which is not registered among the {registry.name}s of {registry.scope}',
                     f'The closest ones are {", ".join(close)}. ' * bool(close)
                     + 'A class of your own is registered by custom_imports')
-        if raised_in.startswith((*OPENMMLAB, 'torch.utils.data')):
+        if raised_in.startswith((*OPENMMLAB, 'torch.utils.data', 'torch.optim')):
             return (f'The {name} of the config cannot be built: {message}',
                     options or 'Correct it in the config, or what it reads')
     if options and raised_in.startswith(USED_BY_TOOLS) and not isinstance(error, NOT_OF_OPTIONS):

@@ -23,6 +23,7 @@ from . import invariants
 from .adapter_file import AdapterFile
 from .checkpoint import CheckpointWithoutBase, named_as_in, random_state, set_random_state
 from .data import DataChecks
+from .datasets import listed
 from .delta_picture import add_delta_picture
 from .param_groups import MergedGroups
 from .sharding import FullyShardStrategy
@@ -180,6 +181,12 @@ class LieRAHook(Hook):
                 fetched.update(f'{name}.{key}' for key in record['fingerprint'])
         starts_training = isinstance(runner._train_loop, BaseLoop) and not runner._resume
         if starts_training:
+            if not theirs.keys() & model.state_dict().keys():
+                raise SetupError(
+                    f'{runner._load_from} has nothing of this model: it has {listed(list(theirs))}, the model '
+                    f'{listed(list(model.state_dict()))}',
+                    'Give a checkpoint of this detector as load_from; weights of its backbone alone go into the init_cfg of '
+                    'the backbone, and adapter files to tools/predict.py')
             self._remember_source(runner, 'module.' * wrapped, theirs.keys(), fetched)
             return  # load_from may give a part of the model; before_train checks what must be there
         self.random_states = checkpoint.get('random_states')

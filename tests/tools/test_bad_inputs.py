@@ -412,6 +412,11 @@ BAD_INPUTS = {
         "EarlyStoppingHook goes by 'coco/bbox_map'"),
     'a learning rate by a metric that is the loss': (
         options(param_scheduler="[dict(type='ReduceOnPlateauLR',monitor='loss')]"), "ReduceOnPlateauLR goes by 'loss'"),
+    'load_from of another model': (
+        lambda run: (save_file({'conv.weight': torch.ones(1)}, run.folder / 'other.safetensors'),
+                     options(load_from=run.folder / 'other.safetensors')(run)), 'has nothing of this model'),
+    'a negative learning rate': (options(**{'optim_wrapper.optimizer.lr': -1}), 'Invalid learning rate'),
+    'a schedule of no epochs': (options(**{'train_cfg.max_epochs': 0}), 'LR of the config cannot be built'),
     'a misspelt type': (options(**{'val_evaluator.type': 'CocoMetrics'}), 'has a CocoMetrics, which is not registered'),
     'a misspelt type in the model': (options(**{'model.neck.type': 'FPM'}), 'has a FPM, which is not registered'),
     'a misspelt step': (options(**{'train_dataloader.dataset.pipeline.2.type': 'Resise'}), 'has a Resise, which'),
