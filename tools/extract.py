@@ -16,9 +16,10 @@ import liera_mm
 from liera_mm.core.errors import SetupError
 from liera_mm.core.extract import extract
 from liera_mm.core.text import table_lines
-from liera_mm.engine.checkpoint import leave_out_base, named_as_in, read_checkpoint
+from liera_mm.engine.checkpoint import leave_out_base, named_as_in
 from liera_mm.engine.cli import check_checkpoint, check_weights, exit_clearly, load_config
 from liera_mm.engine.files import check_out
+from liera_mm.engine.safe_loading import read_checkpoint
 
 
 def main() -> None:

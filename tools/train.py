@@ -4,7 +4,6 @@ import argparse
 import os
 
 from liera_mm.core.errors import SetupError
-from liera_mm.engine.checkpoint import latest_checkpoint
 from liera_mm.engine.cli import (
     add_options,
     build_runner,
@@ -15,6 +14,7 @@ from liera_mm.engine.cli import (
     config_of,
     exit_clearly,
 )
+from liera_mm.engine.safe_loading import latest_checkpoint
 
 
 def main() -> None:

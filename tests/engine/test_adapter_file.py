@@ -12,8 +12,8 @@ from liera_mm import adapter_state_dict, load_adapter
 from liera_mm.core.checkpoint import adapter_card
 from liera_mm.core.errors import SetupError
 from liera_mm.engine.adapter_file import training_card
-from liera_mm.engine.checkpoint import read_checkpoint
 from liera_mm.engine.hook import LieRAHook
+from liera_mm.engine.safe_loading import read_checkpoint
 from liera_mm.models.pretrained import PretrainedBackbone
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'on_the_cpu')

@@ -17,7 +17,7 @@ from mmengine.runner import checkpoint as mmengine_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader
 
 from liera_mm.core.errors import SetupError
-from liera_mm.engine.checkpoint import TRUST, read_checkpoint
+from liera_mm.engine.safe_loading import TRUST, read_checkpoint
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'on_the_cpu')
 
@@ -108,12 +108,12 @@ def test_why_the_list_of_mmengine_is_not_used(tmp_path):
                                     'mmcls://', 's3://', 'petrel://', 'pavi://', 'modelzoo://', ''])
 def test_all_of_mmengines_schemes_are_ours(scheme):
     loader = CheckpointLoader._get_checkpoint_loader(f'{scheme}file.pth')
-    assert loader.__module__ == 'liera_mm.engine.checkpoint'
+    assert loader.__module__ == 'liera_mm.engine.safe_loading'
 
 
 def test_no_other_scheme_is_left():
     modules = {loader.__module__ for loader in CheckpointLoader._schemes.values()}
-    assert modules == {'liera_mm.engine.checkpoint', 'liera_mm.models.weight_files'}
+    assert modules == {'liera_mm.engine.safe_loading', 'liera_mm.models.weight_files'}
 
 
 @pytest.mark.parametrize('given_as', ['load_from', 'resume', 'init_cfg', 'test'])
@@ -192,3 +192,16 @@ def test_another_object_is_named(tmp_path, content, name, kind):
 def test_another_archive_is_no_checkpoint(tmp_path):
     np.savez(tmp_path / 'file.npz', np.ones(3))
     refused(lambda: read_checkpoint(tmp_path / 'file.npz'), 'file.npz is no checkpoint, or a damaged one')
+
+
+@pytest.mark.parametrize('text', [b'<!DOCTYPE html><html>', b'version https://git-lfs', b'{}', b'\x89PNG\r\n'])
+def test_what_is_no_file_of_torch_is_said_to_begin_otherwise(tmp_path, text):
+    (tmp_path / 'weights.pth').write_bytes(text)
+    for file in (tmp_path / 'weights.pth', io.BytesIO(text)):
+        message = refused(lambda file=file: read_checkpoint(file), 'is no checkpoint, or a damaged one: it begins with b')
+        assert repr(text[:20]) in message
+
+
+def test_an_empty_file_is_no_checkpoint(tmp_path):
+    (tmp_path / 'weights.pth').touch()
+    refused(lambda: read_checkpoint(tmp_path / 'weights.pth'), 'weights.pth is no checkpoint, or a damaged one: it is empty')

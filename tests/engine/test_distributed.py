@@ -32,7 +32,7 @@ from trainings import (
 )
 
 from liera_mm.core.errors import SetupError
-from liera_mm.engine.checkpoint import read_checkpoint
+from liera_mm.engine.safe_loading import read_checkpoint
 from liera_mm.engine.sharding import FullyShardStrategy
 
 

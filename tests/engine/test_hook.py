@@ -18,7 +18,7 @@ import liera_mm
 from liera_mm.core.adapted import adapted_layers
 from liera_mm.core.checkpoint import digest
 from liera_mm.core.errors import SetupError
-from liera_mm.engine.checkpoint import read_checkpoint
+from liera_mm.engine.safe_loading import read_checkpoint
 from liera_mm.models.pretrained import decode_record
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'on_the_cpu')

@@ -16,13 +16,8 @@ from mmengine.hooks import Hook
 from safetensors.torch import load_file
 
 from liera_mm.core.errors import SetupError
-from liera_mm.engine.checkpoint import (
-    CheckpointBackend,
-    latest_checkpoint,
-    random_state,
-    read_checkpoint,
-    set_random_state,
-)
+from liera_mm.engine.checkpoint import CheckpointBackend, random_state, set_random_state
+from liera_mm.engine.safe_loading import latest_checkpoint, read_checkpoint
 from liera_mm.models.pretrained import decode_record
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'on_the_cpu')

@@ -23,8 +23,8 @@ from PIL import Image
 from pycocotools import mask as rle
 from safetensors.torch import load_file, save_file
 
-from liera_mm.engine.checkpoint import read_checkpoint
 from liera_mm.engine.cli import exit_clearly
+from liera_mm.engine.safe_loading import read_checkpoint
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / 'docs/errors.md'

@@ -11,7 +11,7 @@ from mmengine.registry import MODELS, DefaultScope
 
 import liera_mm
 from liera_mm.core.errors import SetupError
-from liera_mm.engine.checkpoint import read_checkpoint
+from liera_mm.engine.safe_loading import read_checkpoint
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

@@ -21,6 +21,7 @@ import torch
 
 # Before anything of MMDetection, which may need the operators that liera_mm stands in for
 from liera_mm.engine import checkpoint as engine_checkpoint
+from liera_mm.engine.safe_loading import latest_checkpoint, read_checkpoint
 
 # isort: split
 import mmdet.apis  # noqa: F401  loaded once here, not in every training
@@ -93,7 +94,7 @@ def kill(child: int, reader: int, after: float, save: Optional[int]) -> int:
 
 def differences(work_dir: Path, reference: Path) -> List[str]:
     """What the last checkpoints of two trainings do not have in common, bit for bit."""
-    ours, theirs = (engine_checkpoint.read_checkpoint(folder / f'epoch_{EPOCHS}.pth') for folder in (work_dir, reference))
+    ours, theirs = (read_checkpoint(folder / f'epoch_{EPOCHS}.pth') for folder in (work_dir, reference))
     return [key for key in COMPARED if not same(ours[key], theirs[key])]
 
 
@@ -133,7 +134,7 @@ def main() -> None:
             save = rng.randint(1, len(times)) if trial % 2 else None
             after = rng.uniform(0, SAVING if save else duration)
             saves = kill(*start(work_dir, data, resume=False), after, save)
-            found = engine_checkpoint.latest_checkpoint(str(work_dir))
+            found = latest_checkpoint(str(work_dir))
             before += found is None
             torn += any(work_dir.glob('*.partial'))
             problem = ''

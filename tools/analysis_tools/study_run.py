@@ -19,10 +19,10 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 from liera_mm.core.adapted import adapted_layers
 from liera_mm.core.checkpoint import write_atomically
 from liera_mm.core.errors import SetupError
-from liera_mm.engine.checkpoint import latest_checkpoint
 from liera_mm.engine.cli import check_data, check_weights, load_config
 from liera_mm.engine.config_tree import replace_prefix
 from liera_mm.engine.options import merge_options
+from liera_mm.engine.safe_loading import latest_checkpoint
 
 # isort: split
 import torch

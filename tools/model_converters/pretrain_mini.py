@@ -23,7 +23,7 @@ from pycocotools.coco import COCO
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from liera_mm.engine.checkpoint import read_checkpoint
+from liera_mm.engine.safe_loading import read_checkpoint
 
 CONFIG = 'configs/digits/mask-rcnn_convnextv2-mini_pretrain_glyphs.py'
 DATA = Path('data/glyphs')
