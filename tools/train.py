@@ -36,7 +36,7 @@ def main() -> None:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.auto_scale_lr:
-        if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
+        if not (cfg.get('auto_scale_lr') or {}).get('base_batch_size'):
             raise SetupError(f'{args.config} has no auto_scale_lr.base_batch_size',
                              'Set it to the total batch size that the learning rate was chosen for')
         cfg.auto_scale_lr.enable = True

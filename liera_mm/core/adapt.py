@@ -158,7 +158,16 @@ def _choose(model: nn.Module, targets: Sequence[str], matched: Sequence[str], se
         changes = {key: value for key, value in override.items() if key != 'targets'}
         kept = {layers[name] for name in chosen}
         named_kept = {name: layer for name, layer in layers.items() if layer in kept}
-        for name in match_layers(named_kept, override.get('targets', ())):
+        try:
+            overridden = match_layers(named_kept, override.get('targets', ()))
+        except ValueError as error:
+            left_out = match_layers(layers, override.get('targets', ()))
+            whole = zero.intersection(left_out)
+            if whole:
+                raise ValueError(f'overrides: {some(whole)} have nothing but zeros for a weight, and train whole; to have '
+                                 'them adapted, name them in targets too') from None
+            raise next((refused[name] for name in left_out if name in refused), error) from None
+        for name in overridden:
             chosen[name].update(changes)
         if 'method' in changes:
             named |= layers_by_name(layers, override['targets'])

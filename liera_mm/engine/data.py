@@ -5,7 +5,7 @@ from mmdet.datasets import BaseDetDataset, LVISV05Dataset
 from mmengine.evaluator import Evaluator
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
-from mmengine.runner import Runner
+from mmengine.runner import EpochBasedTrainLoop, Runner
 from mmengine.runner.base_loop import BaseLoop
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -31,6 +31,7 @@ class DataChecks(Hook):
     def before_train(self, runner: Runner) -> None:
         check_dataset('train', runner.train_dataloader, runner.model, runner.cfg.get('model'))
         check_masks_of_heads(runner.train_dataloader.dataset, runner.model)
+        check_loop(runner.train_loop)
         if runner.val_loop is not None:
             self._check_evaluation(runner, 'val', runner.val_dataloader, runner.val_evaluator)
             check_same_classes(train=runner.train_dataloader.dataset, val=runner.val_dataloader.dataset)
@@ -78,6 +79,20 @@ def check_dataset(split: str, dataloader: DataLoader, model: nn.Module, cfg: Opt
     if split != 'test':
         check_instances(split, dataset)
     check_images(dataset)
+
+
+def check_loop(loop: BaseLoop) -> None:
+    """Raise a SetupError if epochs would have no batch, or if validation comes every 0 of them, which ends the first."""
+    if isinstance(loop, EpochBasedTrainLoop) and not len(loop.dataloader):
+        batches = loop.dataloader.batch_sampler
+        raise SetupError(
+            f'An epoch has no batch: each process has {len(batches.sampler)} images, a batch {batches.batch_size}, and '
+            'drop_last leaves out what does not fill one',
+            'Set train_dataloader.batch_size to at most the number of images, or leave out drop_last')
+    if 0 in [getattr(loop, 'val_interval', 1), *getattr(loop, 'dynamic_intervals', ())]:
+        raise SetupError('Validation is to come every 0 epochs or iterations',
+                         'Set train_cfg.val_interval to at least 1; for no validation, val_dataloader, val_cfg and '
+                         'val_evaluator to None')
 
 
 def check_categories(dataset: Dataset) -> None:

@@ -495,6 +495,16 @@ def test_layers_of_zeros_that_are_named_or_excluded():
     assert names(adapt(zeros(), targets=['1'], update='additive')) == ['1']
     model = adapt(zeros(), exclude=['1'])
     assert names(model) == ['0'] and not trains(model)
+    additive = [dict(targets=['1'], update='additive')]
+    with pytest.raises(ValueError, match='overrides: 1 have nothing but zeros .* name them in targets too'):
+        adapt(zeros(), overrides=additive)
+    assert names(adapt(zeros(), targets=['linear', '1'], overrides=additive)) == ['0', '1']
+
+
+def test_an_override_of_a_layer_that_cannot_be_adapted_says_why():
+    model = nn.Sequential(nn.Linear(2, 2), nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
+    with pytest.raises(TypeError, match='1: .*remove that first'):
+        adapt(model, overrides=[dict(targets=['1'], rank=1)])
 
 
 class WithAdapter(nn.Linear):

@@ -417,6 +417,10 @@ BAD_INPUTS = {
                      options(load_from=run.folder / 'other.safetensors')(run)), 'has nothing of this model'),
     'a negative learning rate': (options(**{'optim_wrapper.optimizer.lr': -1}), 'Invalid learning rate'),
     'a schedule of no epochs': (options(**{'train_cfg.max_epochs': 0}), 'LR of the config cannot be built'),
+    'batches larger than the data': (
+        options(**{'train_dataloader.batch_size': 8, 'train_dataloader.drop_last': True, 'param_scheduler': None}),
+        'An epoch has no batch'),
+    'validation every 0 epochs': (options(**{'train_cfg.val_interval': 0}), 'every 0 epochs'),
     'a misspelt type': (options(**{'val_evaluator.type': 'CocoMetrics'}), 'has a CocoMetrics, which is not registered'),
     'a misspelt type in the model': (options(**{'model.neck.type': 'FPM'}), 'has a FPM, which is not registered'),
     'a misspelt step': (options(**{'train_dataloader.dataset.pipeline.2.type': 'Resise'}), 'has a Resise, which'),
