@@ -6,6 +6,8 @@ from typing import Any, Dict, List, Optional, Sequence
 import numpy as np
 from mmdet.datasets import BaseDetDataset, ConcatDataset
 from mmengine.evaluator import BaseMetric, DumpResults, Evaluator
+from mmengine.hooks import CheckpointHook, EarlyStoppingHook
+from mmengine.optim import ReduceOnPlateauParamScheduler
 from pycocotools.coco import COCO
 from torch import nn
 from torch.utils.data import Dataset
@@ -47,7 +49,8 @@ def check_monitored(evaluator: Evaluator, observers: Sequence[Any]) -> None:
 
     Args:
         evaluator: That of the validation.
-        observers: Hooks and schedulers: what has ``key_indicators`` or a ``monitor`` observes metrics of these names.
+        observers: Hooks and schedulers. MMEngine's that have ``key_indicators`` or a ``monitor`` observe metrics of these
+            names; what others have by that name may be anything.
 
     Raises:
         SetupError: If one is not; of what other metrics than MMDetection's CocoMetric give, the prefix alone is known.
@@ -62,6 +65,8 @@ def check_monitored(evaluator: Evaluator, observers: Sequence[Any]) -> None:
         elif not isinstance(metric, DumpResults):
             prefixes.append(prefix)
     for observer in observers:
+        if not isinstance(observer, (CheckpointHook, EarlyStoppingHook, ReduceOnPlateauParamScheduler)):
+            continue
         for key in getattr(observer, 'key_indicators', None) or [getattr(observer, 'monitor', 'auto')]:
             if key != 'auto' and key not in names and not key.startswith(tuple(prefixes)):
                 given = names + [f'{prefix}...' for prefix in prefixes]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.evaluator import Evaluator
-from mmengine.hooks import CheckpointHook, EarlyStoppingHook
+from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook
 from mmengine.registry import DATASETS, EVALUATOR, DefaultScope
 from torch import nn
 
@@ -107,6 +107,14 @@ def test_metrics_that_hooks_go_by(digits):
     check_monitored(both, [EarlyStoppingHook('a/coco/bbox_mAP'), EarlyStoppingHook('b/pascal_voc/mAP')])
     with pytest.raises(SetupError, match="\nDid you mean 'a/coco/bbox_mAP'?"):
         check_monitored(both, [EarlyStoppingHook('coco/bbox_mAP')])
+
+
+def test_what_hooks_of_others_go_by_is_theirs(digits):
+
+    class Watch(Hook):
+        monitor = 'loss'
+
+    check_monitored(check(coco(digits), metric(digits)), [Watch()])
 
 
 @pytest.mark.parametrize('content, problem', [
