@@ -31,8 +31,9 @@ class DataChecks(Hook):
     def before_train(self, runner: Runner) -> None:
         check_dataset('train', runner.train_dataloader, runner.model, runner.cfg.get('model'))
         check_masks_of_heads(runner.train_dataloader.dataset, runner.model)
-        check_loop(runner.train_loop)
+        check_epochs(runner.train_loop)
         if runner.val_loop is not None:
+            check_val_interval(runner.train_loop)
             self._check_evaluation(runner, 'val', runner.val_dataloader, runner.val_evaluator)
             check_same_classes(train=runner.train_dataloader.dataset, val=runner.val_dataloader.dataset)
             schedulers = runner.param_schedulers or []
@@ -81,14 +82,18 @@ def check_dataset(split: str, dataloader: DataLoader, model: nn.Module, cfg: Opt
     check_images(dataset)
 
 
-def check_loop(loop: BaseLoop) -> None:
-    """Raise a SetupError if epochs would have no batch, or if validation comes every 0 of them, which ends the first."""
+def check_epochs(loop: BaseLoop) -> None:
+    """Raise a SetupError if epochs would have no batch."""
     if isinstance(loop, EpochBasedTrainLoop) and not len(loop.dataloader):
         batches = loop.dataloader.batch_sampler
         raise SetupError(
             f'An epoch has no batch: each process has {len(batches.sampler)} images, a batch {batches.batch_size}, and '
             'drop_last leaves out what does not fill one',
             'Set train_dataloader.batch_size to at most the number of images, or leave out drop_last')
+
+
+def check_val_interval(loop: BaseLoop) -> None:
+    """Raise a SetupError if validation is to come every 0 epochs or iterations, by which MMEngine divides."""
     if 0 in [getattr(loop, 'val_interval', 1), *getattr(loop, 'dynamic_intervals', ())]:
         raise SetupError('Validation is to come every 0 epochs or iterations',
                          'Set train_cfg.val_interval to at least 1; for no validation, val_dataloader, val_cfg and '

@@ -611,9 +611,10 @@ def log_of(run):
 
 
 @pytest.mark.parametrize('options', [
-    ['val_dataloader=None', 'val_cfg=None', 'val_evaluator=None', 'param_scheduler=None', 'optim_wrapper.clip_grad=None',
-     'default_hooks.logger=None', 'default_hooks.timer=None', 'visualizer=None', 'custom_imports=None', 'resume=None',
-     'choices=None', 'auto_scale_lr=None', 'optim_wrapper.paramwise_cfg=None', 'train_dataloader.sampler=None'],
+    ['val_dataloader=None', 'val_cfg=None', 'val_evaluator=None', 'train_cfg.val_interval=0', 'param_scheduler=None',
+     'optim_wrapper.clip_grad=None', 'default_hooks.logger=None', 'default_hooks.timer=None', 'visualizer=None',
+     'custom_imports=None', 'resume=None', 'choices=None', 'auto_scale_lr=None', 'optim_wrapper.paramwise_cfg=None',
+     'train_dataloader.sampler=None'],
     ['default_hooks=None', 'test_dataloader=None', 'test_cfg=None', 'test_evaluator=None', 'log_processor=None',
      'model.roi_head.mask_head=None', 'val_evaluator.metric=bbox', 'model.train_cfg.rpn_proposal=None']])
 def test_what_stock_mmdetection_does_without(options, start):
