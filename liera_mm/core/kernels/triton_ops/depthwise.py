@@ -21,7 +21,8 @@ def _row(x, row, first, last, col, W, ch, C, N: tl.constexpr):
     """Columns col to col + N - 1 of a row; zeros where there is no such column, or the row is not of first to last - 1."""
     pixels = ()
     for j in tl.static_range(N):
-        inside = (row >= first) & (row < last) & (col + j >= 0) & (col + j < W) & (ch < C)
+        channels = tl.where((col + j >= 0) & (col + j < W), C, 0)
+        inside = (row >= first) & (row < last) & (ch < channels)
         pixels = pixels + (tl.load(x + (row * W + col + j) * C + ch, inside, other=0.), )
     return pixels
 
@@ -39,7 +40,7 @@ def _strip(W, ROWS, COLS: tl.constexpr, BC: tl.constexpr):
     """The first row and column of a program's strip, and its channels."""
     blocks = tl.cdiv(W, COLS)
     ch = tl.program_id(0) * BC + tl.arange(0, BC)
-    # For every channel, since Triton 3.9's interpreter takes no mask of a scalar and a tensor
+    # For every channel, since Triton 3.9's interpreter takes no mask of a scalar and a tensor; hence where() elsewhere
     row = tl.program_id(1) // blocks * ROWS + tl.zeros_like(ch)
     return row, tl.program_id(1) % blocks * COLS, ch
 
@@ -78,7 +79,7 @@ def _depthwise(x, w, b, add, out, H, W, C, ROWS, K: tl.constexpr, FLIP: tl.const
             total = sums[(K - 1) * COLS + c]
             if ADD:
                 total += others[c]
-            inside = (row >= top) & (row < H) & (col + c < W) & (ch < C)
+            inside = (row >= top) & (row < H) & (ch < tl.where(col + c < W, C, 0))
             tl.store(out + (row * W + col + c) * C + ch, total.to(out.dtype.element_ty), inside)
         acc = ()
         for j in tl.static_range((K - 1) * COLS):
