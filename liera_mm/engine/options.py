@@ -14,8 +14,9 @@ from .config_tree import dicts, is_pretrained, type_name
 
 READ_BY_OTHERS = {'auto_scale_lr', 'tta_model', 'tta_pipeline', 'runner_type', 'strategy'}
 """Options of a config that MMEngine's Runner does not take itself."""
+CUSTOM_KEYS = 'optim_wrapper.paramwise_cfg.custom_keys'
 DICTS = ('model', 'default_hooks', 'optim_wrapper', 'train_cfg', 'val_cfg', 'test_cfg', 'env_cfg', 'randomness',
-         'auto_scale_lr', 'choices')
+         'auto_scale_lr', 'choices', 'optim_wrapper.paramwise_cfg', CUSTOM_KEYS)
 KINDS = dict, (list, tuple, str), bool, (int, float)
 DICT, LIST, DICT_OR_LIST = 'dict(...)', '[dict(...), ...]', 'dict(...) or [dict(...), ...]'
 
@@ -132,6 +133,8 @@ def check_kinds(cfg: Config) -> None:
                          f'Give it one: default_hooks=dict(liera=dict(type={hooks["type"]!r:.100}))')
     for name, hook in hooks.items():
         _check_kind(f'default_hooks.{name}', hook)
+    for key, settings in (_get(cfg, CUSTOM_KEYS) or {}).items():
+        _check_kind(f'{CUSTOM_KEYS}.{key}', settings, 'dict(lr_mult=..., decay_mult=...)')
     for key in ('param_scheduler', 'val_evaluator', 'test_evaluator'):
         _check_kind(key, cfg.get(key), DICT_OR_LIST)
     _check_kind('custom_hooks', cfg.get('custom_hooks'), LIST)

@@ -1,7 +1,8 @@
 """What MMEngine's ``paramwise_cfg`` means for adapters: the settings of the layer that each adapts.
 
 MMEngine finds the settings of a parameter by its name and by the class of the module that has it. An adapter is a module of
-its own: without this, ``dwconv_decay_mult`` and a key of ``custom_keys`` that names a weight would miss it.
+its own: without this, ``dwconv_decay_mult`` and a key of ``custom_keys`` that names a weight would miss it. And so would a
+key with dots that comes from a command line.
 """
 import functools
 from typing import Any, Callable, Dict, List
@@ -39,14 +40,32 @@ def of_adapters(paramwise_cfg: Dict[str, Any], layer: AdaptedLayer, prefix: str)
     return {**paramwise_cfg, 'custom_keys': {**custom, **found}}
 
 
+def with_dots(custom_keys: Dict[str, Any], prefix: str = '') -> Dict[str, Dict[str, Any]]:
+    """The settings of each key, where ``--cfg-options`` took a key with dots for dicts in dicts.
+
+    ``custom_keys.adapter.A.lr_mult=0.5`` arrives as ``{'adapter': {'A': {'lr_mult': 0.5}}}``, in which MMEngine finds no
+    setting, and means ``{'adapter.A': {'lr_mult': 0.5}}``.
+    """
+    inner = {key: {name: value for name, value in values.items() if isinstance(value, dict)}
+             for key, values in custom_keys.items()}
+    found = {prefix + key: {name: value for name, value in values.items() if name not in inner[key]}
+             for key, values in custom_keys.items() if not values or inner[key] != values}
+    for key, nested in inner.items():
+        for name, values in with_dots(nested, f'{prefix}{key}.').items():
+            found[name] = {**found.get(name, {}), **values}
+    return found
+
+
 def _with_adapters(add_params: AddParams) -> AddParams:
 
     @functools.wraps(add_params)
     def add_params_and_adapters(self: DefaultOptimWrapperConstructor, params: List[dict], module: nn.Module,
                                 prefix: str = '', *args: Any, **kwargs: Any) -> None:
         given = self.paramwise_cfg
+        if given.get('custom_keys'):
+            self.paramwise_cfg = dict(given, custom_keys=with_dots(given['custom_keys']))
         if isinstance(module, AdaptedLayer):
-            self.paramwise_cfg = of_adapters(given, module, prefix)
+            self.paramwise_cfg = of_adapters(self.paramwise_cfg, module, prefix)
         try:
             add_params(self, params, module, prefix, *args, **kwargs)
         finally:

@@ -77,6 +77,23 @@ def test_keys_of_adapters_come_first(keys, expected):
     assert found['head.1.weight'] == (1., 1.)
 
 
+@pytest.mark.parametrize('nested, keys', [
+    ({'adapter': {'A': dict(lr_mult=.5)}}, {'adapter.A': dict(lr_mult=.5)}),
+    ({'adapter': {'lr_mult': .2, 'B': dict(lr_mult=.5, decay_mult=0.)}},
+     {'adapter': dict(lr_mult=.2), 'adapter.B': dict(lr_mult=.5, decay_mult=0.)}),
+    ({'backbone': {'0': {'adapter': {'A': dict(lr_mult=0.)}, 'decay_mult': .3}}},
+     {'backbone.0.adapter.A': dict(lr_mult=0.), 'backbone.0': dict(decay_mult=.3)}),
+    ({'head': {'1': {'weight': dict(lr_mult=.5)}}, 'head.1': dict(lr_mult=.1)},
+     {'head.1.weight': dict(lr_mult=.5), 'head.1': dict(lr_mult=.1)}),
+    ({'adapter': {'A': dict(lr_mult=.5)}, 'adapter.A': dict(decay_mult=.3, lr_mult=.1)},
+     {'adapter.A': dict(lr_mult=.5, decay_mult=.3)}),
+], ids=str)
+def test_keys_with_dots_from_a_command_line(nested, keys):
+    """``--cfg-options ...custom_keys.adapter.A.lr_mult=.5`` makes dicts in dicts, which MMEngine takes for no settings."""
+    assert settings(adapted(), dict(custom_keys=nested)) == settings(adapted(), dict(custom_keys=keys))
+    assert settings(adapted(), dict(custom_keys=keys)) != settings(adapted(), dict(custom_keys={}))
+
+
 def test_a_layer_in_two_places():
     model = Detector()
     model.backbone.append(model.backbone[3])

@@ -258,6 +258,12 @@ BAD_INPUTS = {
         config(FULL, "custom_hooks = [dict(type='LieRAHook')]"), 'found no adapted backbone'),
     'adapters with a learning rate of 0': (
         options(**{'optim_wrapper.paramwise_cfg.custom_keys': '{"backbone": dict(lr_mult=0.)}'}), 'would never move'),
+    'a rate without its name': (
+        options(**{'optim_wrapper.paramwise_cfg.custom_keys.backbone': .1}),
+        'has optim_wrapper.paramwise_cfg.custom_keys.backbone=0.1, where dict(lr_mult=..., decay_mult=...) belongs'),
+    'rates that are a list': (
+        options(**{'optim_wrapper.paramwise_cfg.custom_keys': [.1]}),
+        'has optim_wrapper.paramwise_cfg.custom_keys=[0.1], where dict(...) belongs'),
     'base weights with NaN': (base_weights(lambda weight: weight[0].fill_(torch.nan)), f'{LAYER}.weight'),
     'base weights with NaN, PiSSA': (
         both(base_weights(lambda weight: weight[0].fill_(torch.nan)), liera(method='pissa')), f'{LAYER}.weight'),
