@@ -49,6 +49,7 @@ METHODS: Dict[str, Optional[Dict[str, Any]]] = {
     'exp': dict(update='exp', scale='relative'),
     'dora': dict(method='dora', update='additive'),
     'dora-liera': dict(method='dora', update='taylor', scale='relative'),
+    'dora-exp': dict(method='dora', update='exp', scale='relative'),
     'pissa': dict(method='pissa', update='additive'),
     'pissa-liera': dict(method='pissa', update='taylor', scale='relative'),
     'milora': dict(method='milora', update='additive'),
