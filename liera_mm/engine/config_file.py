@@ -77,7 +77,7 @@ def load_config(path: str, options: Optional[Dict[str, Any]] = None) -> Config:
         if 'data_root' not in cfg:
             raise SetupError(f'{path} has no data_root to override', 'Override the paths of its dataloaders instead')
         new = osp.join(options.pop('data_root'), '')
-        cfg = Config(replace_prefix(cfg.to_dict(), cfg.data_root, new), filename=cfg.filename)
+        cfg = Config(replace_prefix(cfg.to_dict(), cfg.data_root, new), cfg.text, cfg.filename)
     offered = cfg.get('choices')
     for option, choices in (offered if isinstance(offered, dict) else {}).items():
         if option in options:

@@ -2,18 +2,14 @@
 import argparse
 import ast
 import copy
-import difflib
-import inspect
 from typing import Any, Dict, Iterator, Sequence, Tuple
 
 from mmengine.config import Config, DictAction
-from mmengine.runner import Runner
 
 from ..core.errors import SetupError
 from .config_tree import dicts, is_pretrained, type_name
+from .names import check_read
 
-READ_BY_OTHERS = {'auto_scale_lr', 'tta_model', 'tta_pipeline', 'runner_type', 'strategy'}
-"""Options of a config that MMEngine's Runner does not take itself."""
 CUSTOM_KEYS = 'optim_wrapper.paramwise_cfg.custom_keys'
 DICTS = ('model', 'default_hooks', 'optim_wrapper', 'train_cfg', 'val_cfg', 'test_cfg', 'env_cfg', 'randomness',
          'auto_scale_lr', 'choices', 'optim_wrapper.paramwise_cfg', CUSTOM_KEYS)
@@ -88,17 +84,14 @@ def merge_options(cfg: Config, options: Dict[str, Any]) -> None:
     """Change a config, in place, as options say; ``KEY.0`` is the first entry of a list or tuple.
 
     Raises:
-        SetupError: If one does not go with what the config has, or nothing of that name is read and something is meant.
+        SetupError: If one does not go with what the config has, or nothing reads it and something is meant.
     """
-    known = {*cfg.keys(), *READ_BY_OTHERS, *list(inspect.signature(Runner).parameters)}
     keys = list(options)
     for index, key in enumerate(keys):
         if any(key.startswith(f'{later}.') and not isinstance(options[later], dict) for later in keys[index + 1:]):
             continue  # part of what a later one replaces
-        first, value = key.partition('.')[0], copy.deepcopy(options[key])  # MMEngine takes _delete_ out of it
-        meant = difflib.get_close_matches(first, known, n=1, cutoff=.85)
-        if first not in known and meant:
-            raise SetupError(f'--cfg-options {key} changes nothing: the config has no {first}', f'Did you mean {meant[0]}?')
+        check_read(cfg, key, options)
+        value = copy.deepcopy(options[key])  # MMEngine takes _delete_ out of it
         try:
             cfg.merge_from_dict(dict([_whole(cfg, _inner(cfg, key), value)]))
         except (KeyError, TypeError, AttributeError) as error:

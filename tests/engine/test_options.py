@@ -1,5 +1,6 @@
 """What --cfg-options say, and which config they make: what a config could have works, what cannot be meant is refused."""
 import argparse
+import re
 from pathlib import Path
 
 import pytest
@@ -136,8 +137,42 @@ def test_what_cannot_be_meant(text, problem):
     assert len(str(error.value).splitlines()) == 2
 
 
-def test_a_key_of_the_users_own_is_none_misspelt():
+@pytest.mark.parametrize('text, remedy', [
+    ('max_epochs=2', 'Set what has its value: train_cfg.max_epochs, .*param_scheduler.1.T_max'),
+    ('train_pipeline.2.scale=(64,64)', 'Set what has its value: train_dataloader.dataset.pipeline.2.scale'),
+    ('vis_backends.0.type=X', 'Set what has its value: visualizer.vis_backends.0.type'),
+    ('lr=1e-3', 'Did you mean optim_wrapper.optimizer.lr[?]'),
+    ('optimizer.lr=1e-3', 'Did you mean optim_wrapper.optimizer[?]'),
+    ('rank=2', 'Did you mean model.backbone.liera.rank[?]'),
+    ('backbone.liera.rank=2', 'Did you mean model.backbone[?]'),
+    ('seed=3', 'Did you mean randomness.seed[?]'),
+    ('resume_from=FILE', 'Did you mean resume=True load_from[?]'),
+    ('data.samples_per_gpu=2', 'Did you mean train_dataloader[?]'),
+])
+def test_options_that_nothing_reads(text, remedy, tmp_path):
+    """Variables of the config files, of which nothing but their value is in a config, and names without what they are in."""
+    cli.load_config(DIGITS).dump(tmp_path / 'config.py')
+    for path in DIGITS, str(tmp_path / 'config.py'):
+        with pytest.raises(SetupError, match='changes nothing') as error:
+            cli.load_config(path, options(text))
+        assert re.search(remedy, str(error.value))
+
+
+def test_a_variable_that_is_used_by_name():
+    with pytest.raises(SetupError, match='Set what has its value: model.backbone.init_cfg.checkpoint, model.neck.init_cfg'):
+        load('pretrained=FILE')
+
+
+def test_keys_of_the_users_own_are_none_misspelt(tmp_path):
     assert load('my_option=3', 'resume=True').my_option == 3
+    path = tmp_path / 'config.py'
+    path.write_text(f'_base_ = {DIGITS!r}\nmy_option = 2  # as my_option of my_hook\ninterval = 6')
+    assert cli.load_config(str(path), options('my_option=3', 'interval=7')).interval == 7
+
+
+def test_a_variable_may_be_given_with_what_is_made_of_it():
+    cfg = load('max_epochs=2', 'train_cfg.max_epochs=2', 'sync_bn=torch', 'find_unused_parameters=True')
+    assert cfg.train_cfg.max_epochs == cfg.max_epochs == 2
 
 
 @pytest.mark.parametrize('text', ['custom_hooks=None', 'custom_hooks.0.type=LieRAHok', 'custom_hooks=[]'])
