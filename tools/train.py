@@ -7,9 +7,9 @@ from liera_mm.core.errors import SetupError
 from liera_mm.engine.cli import (
     add_options,
     build_runner,
-    check_amp,
     check_data,
     check_hook,
+    check_optimizers,
     check_weights,
     config_of,
     exit_clearly,
@@ -46,7 +46,7 @@ def main() -> None:
             cfg.resume, cfg.load_from = True, checkpoint
         elif os.environ.get('RANK', '0') == '0':  # one of several processes
             print(f'{cfg.work_dir} has no checkpoint to resume from: training from the beginning')
-    check_amp(cfg)
+    check_optimizers(cfg)
     check_hook(cfg)
     check_data(cfg, ['train', 'val'], keep=True)
     check_weights(cfg)

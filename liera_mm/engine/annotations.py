@@ -15,7 +15,7 @@ import numpy as np
 from ..core.errors import SetupError
 from .masks import are_finite, is_mask, pixels_of, polygons_of, runs_fit
 
-NUMBER, ID = {int, float}, {int, float, str}
+NUMBER, ID, FLAG = {int, float}, {int, float, str}, {int, float, bool, type(None)}
 SAMPLE = 1000  # annotations whose polygons are looked at
 HOW_TO_GIVE = {
     'id': 'Give each a number of its own',
@@ -26,6 +26,7 @@ HOW_TO_GIVE = {
     'height': 'Give each its height in pixels',
     'width': 'Give each its width in pixels',
     'iscrowd': 'Give each iscrowd=0, or 1 if its mask is that of a crowd',
+    'ignore': 'Give each ignore=0, or 1 if it is to be left out',
     'segmentation': 'Give each its mask: polygons of at least three points, or run lengths',
 }
 
@@ -68,7 +69,9 @@ def column(path: str, what: str, entries: Sequence[Dict[str, Any]], key: str, ty
     first, remedy = wrong[0], HOW_TO_GIVE.get(key, f'Give each its {key}')
     of = f'{len(wrong)} of {len(entries)} {what} of {path}'
     if key in first:
-        raise SetupError(f'{of} have a {key} that cannot be used, the first is {first[key]!r:.80} ({_name(first)})', remedy)
+        key_with_article = f'{"an" if key[0] in "aei" else "a"} {key}'
+        raise SetupError(f'{of} have {key_with_article} that cannot be used, the first is {first[key]!r:.80} '
+                         f'({_name(first)})', remedy)
     raise SetupError(f'{of} have no {key}, the first is that with {_name(first)}', remedy)
 
 
@@ -195,7 +198,7 @@ def check_annotations(path: str, content: Dict[str, Any], classes: Sequence[str]
             f'{len(strange)} of {len(annotations)} annotations of {path} have a category_id that no category has, the first '
             f'is {strange[0]["category_id"]!r} ({_name(strange[0])}): they would be lost',
             f'Correct them, or list the category: there are {", ".join(repr(c["id"]) for c in content["categories"][:10])}')
-    used = (image >= 0) & ~np.fromiter((bool(a.get('ignore')) for a in annotations), bool, len(annotations))
+    used = (image >= 0) & ~np.array(column(path, 'annotations', annotations, 'ignore', FLAG), bool)
     entries, image, category = list(itertools.compress(annotations, used)), image[used], category[used]
     rows, areas = columns(path, 'annotations', entries, dict(bbox={list}, area=NUMBER))
     sides = itertools.chain.from_iterable
@@ -212,7 +215,7 @@ def check_annotations(path: str, content: Dict[str, Any], classes: Sequence[str]
         image,
         np.array([(image['width'], image['height']) for image in images], float).reshape(-1, 2)[image],
         np.array([category['name'] in set(classes) for category in content['categories']], bool)[category],
-        np.fromiter((bool(a.get('iscrowd')) for a in entries), bool, len(entries)))
+        np.array(column(path, 'annotations', entries, 'iscrowd', FLAG), bool))
     _check_pixels(path, boxes)
     return boxes
 

@@ -21,6 +21,7 @@ from mmengine.device import get_device
 from mmengine.fileio import list_from_file
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 from ..core.errors import SetupError
 from ..models.weight_files import check_prefix
@@ -37,6 +38,9 @@ from .voc import check_voc
 
 BUILDERS = dict(from_cfg='Runner', build_dataloader='dataloader')
 """Functions of MMEngine's Runner that build it, and its dataloaders."""
+
+DECAYS = 'bias_decay_mult', 'norm_decay_mult', 'dwconv_decay_mult'
+CLIPPING = dict(norm=clip_grad_norm_, value=clip_grad_value_)
 
 OPENMMLAB = 'mmengine', 'mmcv', 'mmdet', 'mmpretrain', 'mmseg'
 USED_BY_TOOLS = *OPENMMLAB, 'torch', 'numpy', 'logging', 'liera_mm', '__main__'
@@ -272,12 +276,31 @@ def check_hook(cfg: Config) -> None:
                          "Add default_hooks = dict(liera=dict(type='LieRAHook')) to the config")
 
 
-def check_amp(cfg: Config) -> None:
-    """Raise a SetupError if a config asks for automatic mixed precision on a machine that has nothing for it."""
+def check_optimizers(cfg: Config) -> None:
+    """Check what MMEngine refuses in words of its own, or not before the first step.
+
+    Raises:
+        SetupError: If a config asks for automatic mixed precision on a machine that has nothing for it, multiplies a weight
+            decay that it does not have, or clips gradients by what is not for that.
+    """
     types = [type_name(node) for _, node in dicts(cfg.get('optim_wrapper'), 'optim_wrapper')]
     if get_device() in ('cpu', 'mps') and any(kind.endswith('AmpOptimWrapper') for kind in types):
         raise SetupError('Automatic mixed precision (AmpOptimWrapper) needs a GPU, and there is none that torch can use',
                          'Leave out --amp; or where the config has it, use --cfg-options optim_wrapper.type=OptimWrapper')
+    for key, wrapper in dicts(cfg.get('optim_wrapper'), 'optim_wrapper'):
+        settings, optimizer, clip = (wrapper.get(part) or {} for part in ('paramwise_cfg', 'optimizer', 'clip_grad'))
+        decays = [name for name in DECAYS if name in settings]
+        decays += [f'custom_keys.{name}' for name, given in (settings.get('custom_keys') or {}).items()
+                   if 'decay_mult' in given]
+        if decays and isinstance(optimizer, dict) and optimizer and optimizer.get('weight_decay') is None:
+            raise SetupError(
+                f'{key}.paramwise_cfg has {decays[0]}, which multiplies a weight_decay, and the optimizer has none',
+                f'Give it one: {key}.optimizer.weight_decay=0. for none; or take paramwise_cfg out')
+        clips = CLIPPING.get(clip.get('type', 'norm')) if isinstance(clip, dict) else None
+        strange = [name for name in clip if name not in ('type', *inspect.signature(clips).parameters)] if clips else []
+        if strange:
+            raise SetupError(f'{key}.clip_grad has {strange[0]}, which {clips.__name__} does not take',
+                             'Take it out; if it is left of a base config, write clip_grad=dict(_delete_=True, ...)')
 
 
 def check_weights(cfg: Config) -> None:

@@ -57,8 +57,10 @@ def read_value(key: str, text: str) -> Any:
                 raise SetupError(f'--cfg-options {key}={text} cannot be read: it is no dict or list of Python',
                                  "Write it as in a config, in one pair of quotes: \"custom_hooks=[dict(type='EMAHook')]\""
                                  ) from None
-    if not any(sign in text for sign in ',[]()'):
-        return DictAction._parse_int_float_bool(text.strip('\'"'))  # of which _parse_iterable would remove the spaces
+    inner = text.strip('\'"')
+    quoted = text[:1] in ('"', "'") and text == text[0] + inner + text[0] and text[0] not in inner
+    if (inner[:1], inner[-1:]) not in (('[', ']'), ('(', ')')) and (quoted or ',' not in inner):
+        return DictAction._parse_int_float_bool(inner)  # of which _parse_iterable would remove the spaces
     try:
         return DictAction._parse_iterable(text)
     except (AssertionError, RecursionError):
@@ -144,7 +146,8 @@ def check_kinds(cfg: Config) -> None:
                          'Write resume=True load_from=CHECKPOINT, or --resume CHECKPOINT for tools/train.py')
     for key in ('load_from', 'data_root'):
         if not isinstance(cfg.get(key), (str, type(None))):
-            raise SetupError(f'The config has {key}={cfg.get(key)!r:.100}, which is no path', 'Give it as a text')
+            raise SetupError(f'The config has {key}={cfg.get(key)!r:.100}, which is no path',
+                             f'Give it as a text; with a comma in it, in two pairs of quotes: "{key}=\'a,b\'"')
 
 
 def _check_kind(key: str, value: Any, form: str = DICT) -> None:

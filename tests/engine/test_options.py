@@ -39,6 +39,12 @@ def load(*texts):
     ('traffic light', 'traffic light'),
     ('"traffic light"', 'traffic light'),
     ('/a folder/of mine', '/a folder/of mine'),
+    ('/my data (1)', '/my data (1)'),
+    ('photos [old]/of mine', 'photos [old]/of mine'),
+    ('"(1) of mine"', '(1) of mine'),
+    ("'cats, dogs'", 'cats, dogs'),
+    ("'cats','dogs'", ['cats', 'dogs']),
+    ("'[1, 2]'", [1, 2]),
 ])
 def test_values_as_in_a_config(text, value):
     read = options(f'key={text}')['key']

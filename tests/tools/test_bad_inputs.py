@@ -348,6 +348,9 @@ BAD_INPUTS = {
     'boxes as corners, without masks': (
         both(each('annotations', bbox=corners, segmentation=None), config(DIGITS, BOXES)), 'look like corners'),
     'nothing but crowds': (each('annotations', iscrowd=1), 'of crowds'),
+    'crowds as text': (each('annotations', iscrowd=lambda annotation: str(annotation['iscrowd'])), "an iscrowd that"),
+    'one to ignore as text': (
+        annotations(lambda content: content['annotations'][0].update(ignore='False')), "the first is 'False'"),
     'a bbox of text': (first('annotations', 'bbox', ['1', '2', '3', '4']), "['1', '2', '3', '4']"),
     'a bbox of three numbers': (first('annotations', 'bbox', [1, 2, 3]), '[1, 2, 3]'),
     'a bbox that is not finite': (first('annotations', 'bbox', [1, 2, float('nan'), 4]), 'nan'),
@@ -424,6 +427,10 @@ BAD_INPUTS = {
     'load_from of another model': (
         lambda run: (save_file({'conv.weight': torch.ones(1)}, run.folder / 'other.safetensors'),
                      options(load_from=run.folder / 'other.safetensors')(run)), 'has nothing of this model'),
+    'weight decay of norms, of an optimizer without any': (
+        options(**{'optim_wrapper.optimizer': "dict(_delete_=True,type='SGD',lr=.01)"}), 'multiplies a weight_decay'),
+    'gradients clipped by value over those clipped by norm': (
+        config(DIGITS, "optim_wrapper = dict(clip_grad=dict(type='value', clip_value=1.))"), 'clip_grad has max_norm'),
     'a negative learning rate': (options(**{'optim_wrapper.optimizer.lr': -1}), 'Invalid learning rate'),
     'a schedule of no epochs': (options(**{'train_cfg.max_epochs': 0}), 'LR of the config cannot be built'),
     'batches larger than the data': (
