@@ -18,6 +18,7 @@ from mmengine.logging import print_log
 from ..core.errors import SetupError
 from .auto_classes import fill_classes
 from .config_tree import dicts, replace_prefix
+from .names import check_names
 from .options import check_kinds, merge_options
 
 LOOK_ALIKES = str.maketrans(dict(zip('\u0430\u0435\u0456\u043e\u0440\u0441\u0445\u0443', 'aeiopcxy')))
@@ -89,6 +90,7 @@ def load_config(path: str, options: Optional[Dict[str, Any]] = None) -> Config:
         merge_options(cfg, options)  # what they say about classes counts
     cfg.pop('auto_classes', None)
     check_kinds(cfg)
+    check_names(cfg)
     for name, hook in [*(cfg.get('default_hooks') or {}).items()]:
         if hook is None and name not in HOOKS_OF_RUNNERS:
             del cfg.default_hooks[name]

@@ -1,18 +1,22 @@
-"""Names in options that nothing reads, where a place of the config is meant."""
+"""Names in a config, and of its options, that nothing reads: what else they mean."""
 import difflib
-import inspect
+import itertools
 import re
-from typing import Any, Dict, Iterator, Tuple
+from inspect import signature
+from os.path import commonprefix
+from typing import Any, Dict, Iterable, Iterator, Sequence, Tuple
 
 from mmengine.config import Config
+from mmengine.hooks import CheckpointHook
 from mmengine.runner import FlexibleRunner, Runner
+from torch import nn
 
 from ..core.errors import SetupError
-from .config_tree import dicts
+from .config_tree import dicts, type_name
 from .datasets import listed
 
 READ = {
-    *inspect.signature(Runner).parameters, *inspect.signature(FlexibleRunner).parameters, 'runner_type', 'custom_imports',
+    *signature(Runner).parameters, *signature(FlexibleRunner).parameters, 'runner_type', 'custom_imports',
     'auto_scale_lr', 'tta_model', 'tta_pipeline', 'model_wrapper_cfg', 'find_unused_parameters', 'sync_bn', 'compile',
     'activation_checkpointing', 'efficient_conv_bn_eval', 'init_weights_for_test_or_val', 'data_root', 'auto_classes',
     'choices'}
@@ -22,6 +26,21 @@ OF_MMDETECTION_2 = dict(
     total_epochs='train_cfg.max_epochs', evaluation='train_cfg.val_interval', checkpoint_config='default_hooks.checkpoint',
     log_config='default_hooks.logger', resume_from='resume=True load_from', seed='randomness.seed',
     fp16='optim_wrapper.type=AmpOptimWrapper')
+CUSTOM_KEYS = 'optim_wrapper.paramwise_cfg.custom_keys'
+READ_BY_NAME = dict(
+    auto_scale_lr=('enable', 'base_batch_size'), env_cfg=('cudnn_benchmark', 'mp_cfg', 'dist_cfg', 'resource_limit'),
+    mp_cfg=('mp_start_method', 'opencv_num_threads'), filter_cfg=('filter_empty_gt', 'min_size', 'bbox_min_size'))
+"""What is read of dicts without a type, by the last part of their key."""
+OF_CHECKPOINTS = 'type', 'priority', 'meta'  # what else a CheckpointHook may have: meta goes to Runner.save_checkpoint
+PARAMWISE = dict(
+    DefaultOptimWrapperConstructor=('bias_lr_mult', 'bias_decay_mult', 'norm_decay_mult', 'dwconv_decay_mult',
+                                    'flat_decay_mult', 'dcn_offset_lr_mult', 'bypass_duplicate', 'custom_keys'),
+    LearningRateDecayOptimizerConstructor=('num_layers', 'decay_rate', 'decay_type'),
+    LearningRateDecayOptimWrapperConstructor=('layer_decay_rate', 'bias_decay_mult', 'norm_decay_mult', 'flat_decay_mult',
+                                              'custom_keys'))
+"""What the constructors of optimizers read of paramwise_cfg: MMEngine's, MMDetection's and mmpretrain's."""
+RATES = {'custom_keys', 'bias_lr_mult', 'dcn_offset_lr_mult', 'decay_rate', 'layer_decay_rate'}
+"""Those of them without which a training is another; configs of MMDetection have others for constructors that read none."""
 
 
 def check_read(cfg: Config, key: str, options: Dict[str, Any]) -> None:
@@ -76,3 +95,63 @@ def _is_used(cfg: Config, name: str) -> bool:
     """Whether the config files take the value of a variable, and do more than set it."""
     text = re.sub(r'#.*', '', cfg.text)
     return re.search(rf'''(?:(?<=_base_\.)|(?<![\w.'"])){name}\b(?!\s*=[^=])''', text) is not None
+
+
+def check_names(cfg: Config) -> None:
+    """Check the names in what is read without a word about other names that it has, or with one after the first epoch.
+
+    Raises:
+        SetupError: If one is misspelt, or for another class than the one that reads it.
+    """
+    wrapper = cfg.get('optim_wrapper') or {}
+    _check_clipping(wrapper)
+    _check_paramwise(wrapper)
+    for part in [part for part in cfg if part in READ and part != 'choices']:
+        for key, node in dicts(cfg[part], part):
+            last = key.rpartition('.')[2]
+            if type_name(node) == 'CheckpointHook':
+                _check_known(key, node, [*signature(CheckpointHook).parameters, *OF_CHECKPOINTS], 0.)
+            if last in READ_BY_NAME:
+                _check_known(key, node, READ_BY_NAME[last])
+            if not node.get('type') and last != 'liera' and CUSTOM_KEYS not in key:  # adapt() looks at its settings
+                _check_pairs(key, list(node))
+
+
+def _check_clipping(wrapper: Dict[str, Any]) -> None:
+    clip = wrapper.get('clip_grad')
+    kind = clip.get('type', 'norm') if isinstance(clip, dict) else ''
+    if kind in ('norm', 'value') and type_name(wrapper) in ('', 'OptimWrapper', 'AmpOptimWrapper'):
+        _, *known = signature(getattr(nn.utils, f'clip_grad_{kind}_')).parameters
+        _check_known('optim_wrapper.clip_grad', clip, [*known, 'type'], 0.)
+
+
+def _check_paramwise(wrapper: Dict[str, Any]) -> None:
+    constructor = type_name(dict(type=wrapper.get('constructor') or 'DefaultOptimWrapperConstructor'))
+    given, known = wrapper.get('paramwise_cfg') or {}, PARAMWISE.get(constructor, ())
+    if known:
+        of_others = {*sum(PARAMWISE.values(), ())}.intersection(given) - {*known}
+        for name in sorted(of_others & RATES):
+            raise SetupError(f'The config has optim_wrapper.paramwise_cfg.{name}, which {constructor} does not read',
+                             f'Take it out: it reads {", ".join(known)}')
+        _check_known('optim_wrapper.paramwise_cfg', given, known)
+    for name, settings in (given.get('custom_keys') or {}).items():
+        rates = [key for key, value in (settings or {}).items() if not isinstance(value, dict)]  # those are for with_dots()
+        _check_known(f'{CUSTOM_KEYS}.{name}', rates, ('lr_mult', 'decay_mult'), .75)
+
+
+def _check_known(key: str, names: Iterable[str], known: Iterable[str], cutoff: float = .7) -> None:
+    for name in names:
+        meant = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+        if meant and name not in known and name[0] != '_':
+            raise SetupError(f'The config has {key}.{name}, which nothing reads',
+                             f'Did you mean {meant[0]}? Or else take it out')
+
+
+def _check_pairs(key: str, names: Sequence[str]) -> None:
+    """Raise a SetupError if two names differ by a letter more, or by two that are swapped, as no names that are meant do."""
+    for one, other in itertools.permutations(map(str, names), 2):
+        start = len(commonprefix([one, other]))
+        rest, longer = one[start:], other[start:]
+        swapped = rest[:2] == longer[1::-1] and rest[2:] == longer[2:]
+        if (swapped or rest == longer[1:]) and not longer[0].isdigit():
+            raise SetupError(f'The config has {key}.{one} and {key}.{other}, one of which is misspelt', 'Take that out')

@@ -8,9 +8,8 @@ from mmengine.config import Config, DictAction
 
 from ..core.errors import SetupError
 from .config_tree import dicts, is_pretrained, type_name
-from .names import check_read
+from .names import CUSTOM_KEYS, check_read
 
-CUSTOM_KEYS = 'optim_wrapper.paramwise_cfg.custom_keys'
 DICTS = ('model', 'default_hooks', 'optim_wrapper', 'train_cfg', 'val_cfg', 'test_cfg', 'env_cfg', 'randomness',
          'auto_scale_lr', 'choices', 'optim_wrapper.paramwise_cfg', CUSTOM_KEYS)
 KINDS = dict, (list, tuple, str), bool, (int, float)

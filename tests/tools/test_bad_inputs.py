@@ -264,6 +264,12 @@ BAD_INPUTS = {
     'a rate without its name': (
         options(**{'optim_wrapper.paramwise_cfg.custom_keys.backbone': .1}),
         'has optim_wrapper.paramwise_cfg.custom_keys.backbone=0.1, where dict(lr_mult=..., decay_mult=...) belongs'),
+    'a misspelt rule of rates': (
+        options(**{'optim_wrapper.paramwise_cfg.norm_decay_mul': 0.}), 'paramwise_cfg.norm_decay_mul, which nothing reads'),
+    'a misspelt setting beside its own': (
+        options(**{'model.test_cfg.rcnn.score_th': .1}), 'rcnn.score_th and model.test_cfg.rcnn.score_thr, one of which'),
+    'a misspelt setting of the checkpoints': (
+        options(**{'default_hooks.checkpoint.intervall': 1}), 'checkpoint.intervall, which nothing reads'),
     'rates that are a list': (
         options(**{'optim_wrapper.paramwise_cfg.custom_keys': [.1]}),
         'has optim_wrapper.paramwise_cfg.custom_keys=[0.1], where dict(...) belongs'),
