@@ -9,7 +9,6 @@ from typing import Any, Dict, Iterable, Iterator, Sequence, Tuple
 from mmengine.config import Config
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import FlexibleRunner, Runner
-from torch import nn
 
 from ..core.errors import SetupError
 from .config_tree import dicts, type_name
@@ -103,9 +102,7 @@ def check_names(cfg: Config) -> None:
     Raises:
         SetupError: If one is misspelt, or for another class than the one that reads it.
     """
-    wrapper = cfg.get('optim_wrapper') or {}
-    _check_clipping(wrapper)
-    _check_paramwise(wrapper)
+    _check_paramwise(cfg.get('optim_wrapper') or {})
     for part in [part for part in cfg if part in READ and part != 'choices']:
         for key, node in dicts(cfg[part], part):
             last = key.rpartition('.')[2]
@@ -115,14 +112,6 @@ def check_names(cfg: Config) -> None:
                 _check_known(key, node, READ_BY_NAME[last])
             if not node.get('type') and last != 'liera' and CUSTOM_KEYS not in key:  # adapt() looks at its settings
                 _check_pairs(key, list(node))
-
-
-def _check_clipping(wrapper: Dict[str, Any]) -> None:
-    clip = wrapper.get('clip_grad')
-    kind = clip.get('type', 'norm') if isinstance(clip, dict) else ''
-    if kind in ('norm', 'value') and type_name(wrapper) in ('', 'OptimWrapper', 'AmpOptimWrapper'):
-        _, *known = signature(getattr(nn.utils, f'clip_grad_{kind}_')).parameters
-        _check_known('optim_wrapper.clip_grad', clip, [*known, 'type'], 0.)
 
 
 def _check_paramwise(wrapper: Dict[str, Any]) -> None:

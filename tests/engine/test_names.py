@@ -37,7 +37,6 @@ def check(options):
     (f'{PARAMWISE}.custom_key', 'custom_keys'), (f'{PARAMWISE}.layer_decay_rate', 'it reads bias_lr_mult'),
     (f'{PARAMWISE}.custom_keys.backbone.lr_mul', 'lr_mult'), (f'{PARAMWISE}.custom_keys.backbone.decay_mul', 'decay_mult'),
     ('default_hooks.checkpoint.intervall', 'interval'), ('default_hooks.checkpoint.save_bets', 'save_best'),
-    ('optim_wrapper.clip_grad.max_nrm', 'max_norm'),
 ])
 def test_misspelt(key, meant):
     with pytest.raises(SetupError, match=key.rpartition('.')[2]) as error:
@@ -59,8 +58,6 @@ def test_of_another_constructor():
     {f'{PARAMWISE}.custom_keys.adapter.A.lr_mult': .5},
     {f'{PARAMWISE}.custom_keys.backbone': dict(lr=.1, weight_decay=0., wd_mult=.9)},
     {'optim_wrapper.constructor': 'MyConstructor', f'{PARAMWISE}.norm_lr_mult': .5},
-    {'optim_wrapper.clip_grad': dict(_delete_=True, type='value', clip_value=1.)},
-    {'optim_wrapper.clip_grad.error_if_nonfinite': True}, {'optim_wrapper.clip_grad': None},
     {'default_hooks.checkpoint': dict(save_best='auto', rule='greater', published_keys=['meta'], priority='LOW')},
     {'default_hooks.checkpoint': None}, {'env_cfg.resource_limit': 8192, 'env_cfg.dist_cfg.timeout': 60},
     {'train_dataloader.dataset.filter_cfg': dict(min_size=8, bbox_min_size=3)},
