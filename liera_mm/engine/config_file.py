@@ -84,7 +84,10 @@ def load_config(path: str, options: Optional[Dict[str, Any]] = None) -> Config:
         if option in options:
             cfg.merge_from_dict(choices[_known_choice(option, str(options[option]), choices)])
             cfg.pop('work_dir', None)  # of what was chosen before, in a config that a training wrote
+    before = _imports(cfg)
     merge_options(cfg, options)
+    if any(key.partition('.')[0] == 'custom_imports' for key in options):
+        _import_named(cfg, before)
     if cfg.get('auto_classes'):
         fill_classes(cfg)
         merge_options(cfg, options)  # what they say about classes counts
@@ -116,9 +119,8 @@ def read_config(path: str) -> Config:
         line = getattr(error, 'lineno', None) or (lines or [None])[-1]
         raise SetupError(f'{path}{f", line {line}," * bool(line)} cannot be read: {type(error).__name__}: {_reason(error)}',
                          _remedy(error)) from error
-    imports = (cfg.get('custom_imports') or {}).get('imports')
-    if isinstance(imports, (list, tuple, str)):
-        imports = [imports] if isinstance(imports, str) else [*imports]
+    imports = _imports(cfg)
+    if imports:
         for name in wanted:
             if name not in imports:
                 try:
@@ -129,6 +131,29 @@ def read_config(path: str) -> Config:
                               logging.WARNING)
         cfg.custom_imports.imports = imports
     return cfg
+
+
+def _imports(cfg: Config) -> List[str]:
+    given = cfg.get('custom_imports')
+    imports = (given.get('imports') if isinstance(given, dict) else None) or ()
+    return [imports] if isinstance(imports, str) else [*imports]
+
+
+def _import_named(cfg: Config, before: Sequence[str]) -> None:
+    """Import what ``--cfg-options custom_imports...`` names, beside what the config had before.
+
+    Raises:
+        SetupError: If one cannot be imported.
+    """
+    imports = [*dict.fromkeys([*before, *_imports(cfg)])]
+    for name in imports[len(before):]:
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise SetupError(f'{name}, of --cfg-options custom_imports, cannot be imported: {error}',
+                             _remedy(error)) from error
+    if isinstance(cfg.get('custom_imports'), dict):
+        cfg.custom_imports.imports = imports
 
 
 @contextlib.contextmanager

@@ -132,6 +132,7 @@ def check_kinds(cfg: Config) -> None:
     for key in ('param_scheduler', 'val_evaluator', 'test_evaluator'):
         _check_kind(key, cfg.get(key), DICT_OR_LIST)
     _check_kind('custom_hooks', cfg.get('custom_hooks'), LIST)
+    _check_kind('custom_imports', cfg.get('custom_imports'), 'dict(imports=[...])')
     for loader in loaders:
         for key, node in dicts(cfg.get(loader), loader):
             _check_kind(f'{key}.pipeline', node.get('pipeline'), LIST)

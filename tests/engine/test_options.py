@@ -1,6 +1,7 @@
 """What --cfg-options say, and which config they make: what a config could have works, what cannot be meant is refused."""
 import argparse
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,7 @@ def test_later_options_count(auto, digits):
     ('train_dataloader.dataset.pipeline=Resize', "pipeline='Resize'"),
     ('train_dataloader.dataset.metainfo=digits', "metainfo='digits'"),
     ('val_evaluator=CocoMetric', "has val_evaluator='CocoMetric'"),
+    ('custom_imports=json', "has custom_imports='json', where dict\\(imports=\\[...\\]\\) belongs"),
     ('param_scheduler=3', 'has param_scheduler=3'),
     ('randomness=3', 'has randomness=3'),
     ('load_from=[]', 'has load_from=\\[\\], which is no path'),
@@ -213,3 +215,19 @@ def test_hooks_that_are_taken_out(tmp_path, in_config):
     given = ['default_hooks.logger=None'] + ['default_hooks.visualization=None'] * (not in_config)
     hooks = cli.load_config(str(path), options(*given)).default_hooks
     assert 'visualization' not in hooks and hooks['logger'] is None  # which the Runner takes out
+
+
+@pytest.mark.parametrize('option', ['custom_imports.imports=module_of_mine', 'custom_imports.imports=[module_of_mine]',
+                                    "custom_imports=dict(imports=['module_of_mine'])"])
+def test_imports_of_options(tmp_path, monkeypatch, option):
+    """MMEngine imports those of config files alone."""
+    (tmp_path / 'module_of_mine.py').write_text('')
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, 'module_of_mine', raising=False)
+    assert load(option).custom_imports.imports == ['liera_mm', 'module_of_mine']
+    assert 'module_of_mine' in sys.modules
+
+
+def test_imports_of_options_that_are_not_there():
+    with pytest.raises(SetupError, match='nowhere, of --cfg-options custom_imports, cannot be imported'):
+        load('custom_imports.imports=[nowhere]')

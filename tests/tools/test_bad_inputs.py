@@ -244,6 +244,7 @@ BAD_INPUTS = {
     'a variable of the config': (options(max_epochs=2), 'max_epochs is a variable of the config, used up'),
     'an option without what it is in': (options(lr=.1), 'lr changes nothing: the config has no lr'),
     'an option of MMDetection 2': (options(seed=1), 'seed changes nothing: the config has no seed'),
+    'imports that are not there': (options(**{'custom_imports.imports': '[nowhere]'}), 'nowhere, of --cfg-options'),
     'an option without a value': (lambda run: run.options.append('resume'), "'resume', which is no KEY=VALUE"),
     'half of validation turned off': (
         options(val_dataloader=None), 'val_dataloader, val_cfg, and val_evaluator should be either all None or not None'),
