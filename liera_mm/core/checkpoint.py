@@ -22,6 +22,7 @@ from .wrappers import plain_names, through_wrappers
 FORMAT = 'liera_mm-adapter-2'
 FORMAT_1 = 'liera_mm-adapter-1'  # without checksum and version
 NO_CHECKSUM = b'0' * 64
+OR_TENSORS = 'besides files, load_adapter takes the tensors of adapter_state_dict'
 NARROWER = (torch.float32, torch.float16, torch.bfloat16)  # precisions that a base may be converted to
 
 
@@ -175,6 +176,8 @@ def digest(tensor: Tensor) -> str:
 def _open(path: Union[str, os.PathLike]) -> Tuple[Dict[str, str], Dict[str, Tensor]]:
     """Metadata and tensors of an adapter file that is intact."""
     data = Path(path).read_bytes()
+    if data.startswith(b'PK'):
+        raise ValueError(f'{path} is no adapter file, but a checkpoint of torch; {OR_TENSORS}')
     try:
         metadata = json.loads(data[8:8 + int.from_bytes(data[:8], 'little')]).get('__metadata__') or {}
         _check_format(path, data, metadata)
@@ -247,8 +250,10 @@ def _without_scales(settings: Dict[str, Any]) -> Dict[str, Any]:
 def _check_format(path: Union[str, os.PathLike], data: bytes, metadata: Dict[str, str]) -> None:
     if metadata.get('format') == FORMAT_1 and metadata.keys() == {'format', 'config', 'fingerprint'}:
         return
-    if metadata.get('format') != FORMAT:
-        raise ValueError(f'{path} is no adapter file of a known format: {metadata.get("format")!r}, not {FORMAT!r}')
+    if 'format' not in metadata:
+        raise ValueError(f'{path} is no adapter file of a known format: save_adapter did not write it; {OR_TENSORS}')
+    if metadata['format'] != FORMAT:
+        raise ValueError(f'{path} is no adapter file of a known format: {metadata["format"]!r}, not {FORMAT!r}')
     checksum = str(metadata.get('checksum')).encode()
     if _checksum(data.replace(checksum, NO_CHECKSUM, 1)) != checksum:
         raise ValueError(f'{path} is no adapter file, or a damaged one: its checksum is not that of its contents')

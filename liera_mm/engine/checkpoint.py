@@ -91,6 +91,8 @@ def load_adapter_file(model: nn.Module, path: Union[str, os.PathLike], config: s
     Raises:
         SetupError: If there is no such file, or it is damaged, or of other settings or frozen weights.
     """
+    if Path(path).is_dir():
+        raise SetupError(f'{path} is a folder, and no adapter file', 'Give the path of the file')
     if not Path(path).is_file():
         beside = sorted(map(str, Path(path).parent.glob('*.safetensors')))
         raise SetupError(f'Adapter not found: {path}',

@@ -43,6 +43,7 @@ DECAYS = 'bias_decay_mult', 'norm_decay_mult', 'dwconv_decay_mult'
 CLIPPING = dict(norm=clip_grad_norm_, value=clip_grad_value_)
 
 OPENMMLAB = 'mmengine', 'mmcv', 'mmdet', 'mmpretrain', 'mmseg'
+BUILT_BY = *OPENMMLAB, 'torch', 'transformers'
 USED_BY_TOOLS = *OPENMMLAB, 'torch', 'numpy', 'logging', 'liera_mm', '__main__'
 NOT_OF_OPTIONS = OSError, MemoryError, torch.cuda.OutOfMemoryError
 
@@ -101,7 +102,9 @@ def _config_error(error: Exception) -> Sequence[str]:
             return (f'The config has a {name}, which is not registered among the {registry.name}s of {registry.scope}',
                     f'The closest ones are {", ".join(close)}. ' * bool(close)
                     + 'A class of your own is registered by custom_imports')
-        if raised_in.startswith((*OPENMMLAB, 'torch.utils.data', 'torch.optim')):
+        within = [frame.f_globals.get('__name__', '') for frame in frames[frames.index(builds[-1]):]]
+        if raised_in.startswith((*OPENMMLAB, 'torch.utils.data', 'torch.optim')) or not isinstance(
+                error, NOT_OF_OPTIONS) and all(module.startswith(BUILT_BY) for module in within):
             return (f'The {name} of the config cannot be built: {message}',
                     options or 'Correct it in the config, or what it reads')
     if options and raised_in.startswith(USED_BY_TOOLS) and not isinstance(error, NOT_OF_OPTIONS):

@@ -17,6 +17,8 @@ from . import annotations as coco
 from .datasets import listed, parts_of, some_of, steps_of
 from .heads import detector_of
 
+COCO_ITEMS = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l',
+              'AR@100', 'AR@300', 'AR@1000', 'AR_s@1000', 'AR_m@1000', 'AR_l@1000')
 
 def check_evaluator(split: str, dataset: Dataset, evaluator: Evaluator, model: nn.Module, cfg: Any = None) -> None:
     """Check that the metrics of an evaluator are of the images of a data set, and have what they will ask for.
@@ -84,9 +86,9 @@ def _coco_names(metric: BaseMetric) -> List[str]:
         if kind == 'proposal_fast':
             names += [f'AR@{count}' for count in metric.proposal_nums]
         elif kind == 'proposal':
-            names += metric.metric_items or ['AR@100', 'AR@300', 'AR@1000', 'AR_s@1000', 'AR_m@1000', 'AR_l@1000']
+            names += metric.metric_items or COCO_ITEMS[6:]
         else:
-            items = metric.metric_items or ['mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l']
+            items = metric.metric_items or COCO_ITEMS[:6]
             names += [f'{kind}_{item}' for item in items]
             if metric.classwise:
                 names += [f'{name}_precision' for name in metric.dataset_meta['classes']]
@@ -112,6 +114,13 @@ def _check_coco_metric(split: str, metric: BaseMetric, ann_file: Optional[str], 
             'mask' in name or 'panoptic' in name for name, _ in detector.named_modules()):
         raise SetupError(f"metric='segm' of the {split} evaluator asks for masks, and the model predicts none",
                          f"Take it out: {split}_evaluator.metric='bbox'")
+    items = [metric.metric_items] if isinstance(metric.metric_items, str) else metric.metric_items or ()
+    strange = [item for item in items if item not in COCO_ITEMS]
+    if strange or isinstance(metric.metric_items, str):
+        raise SetupError(
+            f'metric_items={metric.metric_items!r:.100} of the {split} evaluator is no list of what CocoMetric gives',
+            f'Give a list of these: {", ".join(COCO_ITEMS)}')
+    metric.iou_thrs = np.atleast_1d(metric.iou_thrs)  # of a list, pycocotools cannot find one threshold
     infos = [part.get_data_info(index) for part in parts for index in range(len(part))]
     ids = Counter(info['img_id'] for info in infos)
     if len(ids) < len(infos):

@@ -205,6 +205,8 @@ class LieRAHook(Hook):
                 raise SetupError(
                     f'the shape of {name} is {tuple(theirs[name].shape)} in the checkpoint, {tuple(value.shape)} in this '
                     'model.', remedy)
+        if runner._resume:
+            invariants.check_whole(checkpoint)
         if runner._resume and isinstance(runner.optim_wrapper, OptimWrapper):
             invariants.check_groups(runner.optim_wrapper, checkpoint)
 

@@ -52,10 +52,19 @@ def trained_backbones(model: nn.Module) -> List[Tuple[str, nn.Module]]:
 
 
 def check_optimizer(model: nn.Module, optim_wrapper: Union[OptimWrapper, OptimWrapperDict]) -> None:
-    """Raise a SetupError if a trained tensor is not in the optimizer, or if adapters alone rest at a learning rate of 0."""
+    """Raise a SetupError if a trained tensor is not in the optimizer, or if adapters alone rest at a learning rate of 0.
+
+    And if a training has resumed with the settings of another kind of optimizer.
+    """
     groups = [group for optimizer in optimizers(optim_wrapper) for group in optimizer.param_groups]
     optimized = {id(p) for group in groups for p in group['params']}
     missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in optimized]
+    for optimizer in optimizers(optim_wrapper):
+        others = [getattr(optimizer, 'defaults', {}).keys() - group.keys() for group in optimizer.param_groups]
+        if any(others):
+            raise SetupError(
+                f'the optimizer of the checkpoint is no {type(optimizer).__name__}: it has no {some(set().union(*others))}',
+                'Resume with the optim_wrapper of the checkpoint, or start from it with load_from, without resume')
     if missing:
         raise SetupError(f'the optimizer lacks {len(missing)} trainable tensors: {", ".join(missing[:3])}.',
                          'It must be built after the model is adapted: adapt through the config, not from a hook')
@@ -83,6 +92,15 @@ def check_groups(optim_wrapper: OptimWrapper, checkpoint: Dict[str, Any]) -> Non
             f'{len(ours)}.',
             'Resume with the optim_wrapper and the MMEngine of the checkpoint (before 0.10.4, frozen tensors are in the '
             'optimizer too), or start from it with load_from')
+
+
+def check_whole(checkpoint: Dict[str, Any]) -> None:
+    """Raise a SetupError if a checkpoint to resume from lacks what a training goes on with, as published ones do."""
+    lacking = [key for key in ('meta', 'message_hub') if key not in checkpoint]
+    lacking += [f'meta.{key}' for key in ('epoch', 'iter') if key not in checkpoint.get('meta', {'epoch': 0, 'iter': 0})]
+    if lacking:
+        raise SetupError(f'the checkpoint has no {", ".join(lacking)}, and cannot be resumed from',
+                         'Give one that a training wrote; or start from this one with load_from, without resume')
 
 
 def check_finite(model: nn.Module) -> None:

@@ -396,17 +396,17 @@ def test_damaged_metadata(other, path, change, match):
     assert_refused(other, write(path, tensors, metadata), f'{path.name}.*{match}')
 
 
-@pytest.mark.parametrize('make', [
-    lambda path, state: save_file(state, path),
-    lambda path, state: save_file({'weight': torch.ones(3)}, path, {'format': 'pt'}),
-    lambda path, state: torch.save(state, path),
-    lambda path, state: path.write_text('{"rank": 16}'),
-    lambda path, state: path.write_bytes(b''),
-    lambda path, state: path.write_bytes(bytes(1000)),
+@pytest.mark.parametrize('make, says', [
+    (lambda path, state: save_file(state, path), ' of a known format: save_adapter did not'),
+    (lambda path, state: save_file({'weight': torch.ones(3)}, path, {'format': 'pt'}), " of a known format: 'pt'"),
+    (lambda path, state: torch.save(state, path), ', but a checkpoint of torch'),
+    (lambda path, state: path.write_text('{"rank": 16}'), ', or a damaged one'),
+    (lambda path, state: path.write_bytes(b''), ', or a damaged one'),
+    (lambda path, state: path.write_bytes(bytes(1000)), ''),
 ], ids=['no_metadata', 'a_model', 'torch', 'text', 'empty', 'zeros'])
-def test_files_of_another_kind(other, path, make):
+def test_files_of_another_kind(other, path, make, says):
     make(path, contents(path)[0])
-    assert_refused(other, path, f'{path.name} is no adapter file')
+    assert_refused(other, path, f'{path.name} is no adapter file{says}')
 
 
 def test_a_missing_file(other, tmp_path):

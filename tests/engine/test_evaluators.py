@@ -70,6 +70,16 @@ def test_several_data_sets(digits):
             check(dataset, cfg)
 
 
+@pytest.mark.parametrize('iou_thrs', [[.5], .75, None], ids=str)
+def test_thresholds(digits, iou_thrs):
+    """pycocotools compares them with .5 and .75, which no list does."""
+    evaluator = check(coco(digits), dict(metric(digits), iou_thrs=iou_thrs))
+    for image in json.loads((digits / FILE.format('val')).read_text())['images']:
+        evaluator.process([dict(img_id=image['id'], ori_shape=(image['height'], image['width']), pred_instances=dict(
+            bboxes=torch.tensor([[1., 1., 20., 20.]]), scores=torch.ones(1), labels=torch.zeros(1, dtype=int)))])
+    assert 'coco/bbox_mAP_50' in evaluator.evaluate(2)
+
+
 @pytest.mark.parametrize('ids', [[0, 1, 2], ['a', 'b', 'c']], ids=repr)
 def test_ids_of_annotations(digits, tmp_path, ids):
     """For COCO's evaluation, an object with id 0 is never found, and one whose id is a text ends it."""

@@ -435,6 +435,31 @@ def test_an_optimizer_with_other_groups_does_not_resume(make_runner, trained):
     refused(runner.train, r'optimizer has \d+ tensors in \d+ groups, this one \d+ in 1\.\n.*MMEngine of the checkpoint')
 
 
+@pytest.mark.parametrize('optimizer, other', [
+    (dict(type='SGD', lr=.01, momentum=.9, weight_decay=.05), 'no SGD: it has no dampening'),
+    (dict(type='RMSprop', lr=.01, weight_decay=.05), 'no RMSprop: it has no alpha'),
+    (dict(type='Adam', lr=.01, weight_decay=.05), None)], ids=lambda value: value and value['type'] if isinstance(
+        value, dict) else '')
+def test_another_optimizer_does_not_resume(make_runner, trained, optimizer, other):
+    """Its first step would end in a KeyError; one with the same settings goes on."""
+    options = {'optim_wrapper.optimizer': dict(optimizer, _delete_=True), 'train_cfg.max_epochs': 2}
+    runner = make_runner(**options, resume=True, load_from=str(trained.checkpoint))
+    if other:
+        refused(runner.train, f'{other}.*\n.*load_from')
+    else:
+        runner.train()
+
+
+@pytest.mark.parametrize('lacks', ['meta', 'message_hub'])
+def test_a_published_checkpoint_does_not_resume(make_runner, trained, tmp_path, lacks):
+    """It has what testing takes, and training from load_from."""
+    checkpoint = torch.load(trained.checkpoint, weights_only=False)
+    del checkpoint[lacks]
+    torch.save(checkpoint, tmp_path / 'published.pth')
+    runner = make_runner(resume=True, load_from=str(tmp_path / 'published.pth'))
+    refused(runner.train, f'has no {lacks}, and cannot be resumed from')
+
+
 @pytest.mark.parametrize('changed', [{'update': 'additive'}, {'alpha': 32}])
 def test_checkpoint_of_other_settings_is_refused(make_runner, trained, changed):
     """They give the same tensors another meaning: the metrics would be wrong without a word."""

@@ -421,6 +421,8 @@ BAD_INPUTS = {
         lambda run: run.options.append(f'val_evaluator.ann_file={run.data}/train2017/000000000001.jpg'), 'no JSON file'),
     'LVIS without its package': (options(**{'val_evaluator.type': 'LVISMetric'}), 'Package lvis is not installed'),
     'a metric that is none': (options(**{'val_evaluator.metric': 'mAP'}), "metric should be one of 'bbox', 'segm'"),
+    'items of a metric that it does not give': (
+        options(**{'val_evaluator.metric_items': "['mAP','AP50']"}), "metric_items=['mAP', 'AP50'] of the val evaluator"),
     'a best checkpoint by a metric without its prefix': (
         options(**{'default_hooks.checkpoint.save_best': 'bbox_mAP'}), "CheckpointHook goes by 'bbox_mAP'"),
     'a best checkpoint by a metric that is not evaluated': (
@@ -444,6 +446,10 @@ BAD_INPUTS = {
         options(**{'train_dataloader.batch_size': 8, 'train_dataloader.drop_last': True, 'param_scheduler': None}),
         'An epoch has no batch'),
     'validation every 0 epochs': (options(**{'train_cfg.val_interval': 0}), 'every 0 epochs'),
+    'groups that do not divide the channels': (
+        options(**{'model.neck.norm_cfg': "dict(type='GN',num_groups=7)"}), 'must be divisible by num_groups'),
+    'batch norms between processes, in one': (
+        options(**{'model.neck.norm_cfg': "dict(type='MMSyncBN')"}), 'Default process group has not been initialized'),
     'a misspelt type': (options(**{'val_evaluator.type': 'CocoMetrics'}), 'has a CocoMetrics, which is not registered'),
     'a misspelt type in the model': (options(**{'model.neck.type': 'FPM'}), 'has a FPM, which is not registered'),
     'a misspelt step': (options(**{'train_dataloader.dataset.pipeline.2.type': 'Resise'}), 'has a Resise, which'),
@@ -502,6 +508,9 @@ BAD_INPUTS = {
     'no images to predict': (predict('{data}/annotations'), 'There are no images in'),
     'no such adapter to predict with': (
         predict('{data}/val2017', '--adapter', '{folder}/nowhere.safetensors'), 'Adapter not found'),
+    'a training checkpoint as an adapter': (
+        predict('{data}/val2017', '--adapter', '{folder}/epoch_1.pth'), 'but a checkpoint of torch'),
+    'a folder as an adapter': (predict('{data}/val2017', '--adapter', '{folder}'), 'is a folder'),
     'an image that is none, to look at': (
         both(look, image(lambda data: b'no image')), 'cannot be read as an image'),
     'image of another size': (image(lambda data: ONE_PIXEL), 'is 1x1 pixels large, but annotated as 160x160'),
