@@ -1,5 +1,6 @@
 """How names, shapes and tables are put into words."""
 import difflib
+from os.path import commonprefix
 from typing import Any, Iterable, List, Sequence
 
 
@@ -30,3 +31,12 @@ def nearest(word: str, choices: Sequence[str]) -> str:
     known = {choice.lower(): choice for choice in choices}
     close = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.4)
     return f'; did you mean {known[close[0]]!r}?' if close else ''
+
+
+def is_slip(word: str, other: str) -> bool:
+    """Whether two words differ by a letter that one has more, or by two that are swapped; not by a digit, which counts."""
+    start = len(commonprefix([word, other]))
+    rests = word[start:], other[start:]
+    shorter, longer = sorted(rests, key=len)
+    swapped = shorter[:2] == longer[1::-1] and shorter[2:] == longer[2:]
+    return word != other and (swapped or shorter == longer[1:]) and not longer[0].isdigit()

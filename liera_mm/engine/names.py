@@ -3,14 +3,14 @@ import difflib
 import itertools
 import re
 from inspect import signature
-from os.path import commonprefix
-from typing import Any, Dict, Iterable, Iterator, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, Tuple
 
 from mmengine.config import Config
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import FlexibleRunner, Runner
 
 from ..core.errors import SetupError
+from ..core.text import is_slip
 from .config_tree import dicts, type_name
 from .datasets import listed
 
@@ -111,7 +111,7 @@ def check_names(cfg: Config) -> None:
             if last in READ_BY_NAME:
                 _check_known(key, node, READ_BY_NAME[last])
             if not node.get('type') and last != 'liera' and CUSTOM_KEYS not in key:  # adapt() looks at its settings
-                _check_pairs(key, list(node))
+                _check_pairs(key, node)
 
 
 def _check_paramwise(wrapper: Dict[str, Any]) -> None:
@@ -136,11 +136,7 @@ def _check_known(key: str, names: Iterable[str], known: Iterable[str], cutoff: f
                              f'Did you mean {meant[0]}? Or else take it out')
 
 
-def _check_pairs(key: str, names: Sequence[str]) -> None:
-    """Raise a SetupError if two names differ by a letter more, or by two that are swapped, as no names that are meant do."""
-    for one, other in itertools.permutations(map(str, names), 2):
-        start = len(commonprefix([one, other]))
-        rest, longer = one[start:], other[start:]
-        swapped = rest[:2] == longer[1::-1] and rest[2:] == longer[2:]
-        if (swapped or rest == longer[1:]) and not longer[0].isdigit():
+def _check_pairs(key: str, names: Iterable[str]) -> None:
+    for one, other in itertools.combinations(sorted(map(str, names), key=len), 2):
+        if is_slip(one, other):  # no config of OpenMMLab has such a pair
             raise SetupError(f'The config has {key}.{one} and {key}.{other}, one of which is misspelt', 'Take that out')

@@ -5,12 +5,16 @@ its own: without this, ``dwconv_decay_mult`` and a key of ``custom_keys`` that n
 key with dots that comes from a command line.
 """
 import functools
-from typing import Any, Callable, Dict, List
+import logging
+from typing import Any, Callable, Collection, Dict, List
 
+from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor
 from torch import nn
 
+from ..core.errors import SetupError
 from ..core.layers import AdaptedLayer
+from ..core.text import is_slip, some
 
 AddParams = Callable[..., None]
 
@@ -56,6 +60,25 @@ def with_dots(custom_keys: Dict[str, Any], prefix: str = '') -> Dict[str, Dict[s
     return found
 
 
+def check_keys(custom_keys: Collection[str], model: nn.Module) -> None:
+    """Look for keys that are in the name of no parameter, which set nothing; the log names those that are not misspelt.
+
+    Raises:
+        SetupError: If one is nearly the name of a module or parameter, or a part of it.
+    """
+    parameters = [f'.{name}' for name, _ in model.named_parameters(remove_duplicate=False)]
+    unused = [key for key in custom_keys if not any(key in name for name in parameters)]
+    parts = sorted({part for name in parameters for part in name.split('.')}) if unused else ()
+    for key in unused:
+        known = [key.replace(word, part) for word in key.split('.') for part in parts if word and is_slip(word, part)]
+        meant = [other for other in known if other not in custom_keys and any(other in name for name in parameters)]
+        if meant:
+            raise SetupError(f'custom_keys of paramwise_cfg has {key!r}, which is in the name of no parameter of the model',
+                             f'Did you mean {meant[0]!r}? Or else take it out')
+    if unused:
+        print_log(f'LieRA  custom_keys that are in the name of no parameter: {some(unused)}', 'current', logging.WARNING)
+
+
 def _with_adapters(add_params: AddParams) -> AddParams:
 
     @functools.wraps(add_params)
@@ -64,6 +87,8 @@ def _with_adapters(add_params: AddParams) -> AddParams:
         given = self.paramwise_cfg
         if given.get('custom_keys'):
             self.paramwise_cfg = dict(given, custom_keys=with_dots(given['custom_keys']))
+            if not prefix:
+                check_keys(self.paramwise_cfg['custom_keys'], module)
         if isinstance(module, AdaptedLayer):
             self.paramwise_cfg = of_adapters(self.paramwise_cfg, module, prefix)
         try:

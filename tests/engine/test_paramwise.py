@@ -3,6 +3,7 @@ import copy
 
 import pytest
 import torch
+from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
@@ -92,6 +93,28 @@ def test_keys_with_dots_from_a_command_line(nested, keys):
     """``--cfg-options ...custom_keys.adapter.A.lr_mult=.5`` makes dicts in dicts, which MMEngine takes for no settings."""
     assert settings(adapted(), dict(custom_keys=nested)) == settings(adapted(), dict(custom_keys=keys))
     assert settings(adapted(), dict(custom_keys=keys)) != settings(adapted(), dict(custom_keys={}))
+
+
+@pytest.mark.parametrize('key, meant', [
+    ('bakbone', 'backbone'), ('backbone.1.wieght', 'backbone.1.weight'), ('adaptor', None), ('adapters', 'adapter'),
+    ('backbone.7', None), ('norm', None), ('backbone.1.adapter.AB', 'backbone.1.adapter.A'), ('ckbone.1.w', '')])
+def test_keys_of_nothing(key, meant, caplog):
+    """Configs for several backbones have some; a misspelt one leaves a training as it would be without it."""
+    logger = MMLogger.get_instance('keys')
+    with caplog.at_level('WARNING', logger.name):
+        logger.addHandler(caplog.handler)
+        if meant:
+            with pytest.raises(SetupError, match=f'custom_keys of paramwise_cfg has {key!r}') as error:
+                settings(adapted(), dict(custom_keys={key: dict(lr_mult=.1)}))
+            assert f'Did you mean {meant!r}?' in str(error.value)
+            return
+        settings(adapted(), dict(custom_keys={key: dict(lr_mult=.1)}))
+    assert (f'in the name of no parameter: {key}' in caplog.text) == (meant is None)
+
+
+def test_keys_for_several_models():
+    keys = dict(backbones=dict(lr_mult=.3), backbone=dict(lr_mult=.1))
+    assert settings(adapted(), dict(custom_keys=keys))['backbone.0.adapter.A'] == (.1, 1.)
 
 
 def test_a_layer_in_two_places():

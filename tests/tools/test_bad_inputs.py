@@ -267,6 +267,8 @@ BAD_INPUTS = {
         'has optim_wrapper.paramwise_cfg.custom_keys.backbone=0.1, where dict(lr_mult=..., decay_mult=...) belongs'),
     'a misspelt rule of rates': (
         options(**{'optim_wrapper.paramwise_cfg.norm_decay_mul': 0.}), 'paramwise_cfg.norm_decay_mul, which nothing reads'),
+    'rates of a misspelt part': (
+        options(**{'optim_wrapper.paramwise_cfg.custom_keys.bakbone.lr_mult': .1}), 'in the name of no parameter'),
     'a misspelt setting beside its own': (
         options(**{'model.test_cfg.rcnn.score_th': .1}), 'rcnn.score_th and model.test_cfg.rcnn.score_thr, one of which'),
     'a misspelt setting of the checkpoints': (
