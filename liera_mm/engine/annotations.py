@@ -3,16 +3,16 @@
 They take whole columns at a time: on COCO's 118,000 images to train on, less time than reading the file does.
 """
 import contextlib
-import difflib
 import itertools
 import json
 import operator
 from collections import Counter
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Type
+from typing import Any, Dict, List, NamedTuple, Sequence, Set, Type
 
 import numpy as np
 
 from ..core.errors import SetupError
+from .class_names import check_class_list, check_spaces, nearest
 from .masks import are_finite, is_mask, pixels_of, polygons_of, runs_fit
 
 NUMBER, ID, FLAG = {int, float}, {int, float, str}, {int, float, bool, type(None)}
@@ -96,33 +96,11 @@ def check_unique(path: str, what: str, values: Sequence[Any], remedy: str) -> No
                          'would be lost', remedy)
 
 
-def check_class_list(classes: Any) -> None:
-    """Raise a SetupError if the classes of a config are a text, as ``('balloon')`` is, or none of them."""
-    if isinstance(classes, str):
-        raise SetupError(f'classes={classes!r} of metainfo is one text, of which each letter would be a class',
-                         f'Write classes=({classes!r}, ), with the comma: a list of names')
-    other = [name for name in classes if not isinstance(name, str)]
-    if other:
-        raise SetupError(f'classes of metainfo has {other[0]!r}, which is no text, and so the name of no category',
-                         f'Write {str(other[0])!r}, with quotes')
-
-
 def check_categories(path: str, categories: Sequence[Dict[str, Any]]) -> None:
     """Raise a SetupError if a category has no name, or no id of its own."""
     column(path, 'categories', categories, 'name', {str})
     ids = column(path, 'categories', categories, 'id', ID)
     check_unique(path, 'ids of categories', ids, 'Give every category an id of its own')
-
-
-def spelling(name: str) -> str:
-    """A name without what is easily mistaken: capitals, spaces, and signs between words."""
-    return ''.join(filter(str.isalnum, name)).casefold()
-
-
-def nearest(name: str, names: Sequence[str]) -> Optional[str]:
-    """That of the names which may be meant by one that is not among them."""
-    same = [other for other in names if spelling(other) == spelling(name)]
-    return next(iter(same + difflib.get_close_matches(name, names, n=1, cutoff=.7)), None)
 
 
 def check_classes(path: str, classes: Sequence[str], theirs: Sequence[str]) -> None:
@@ -198,6 +176,8 @@ def check_annotations(path: str, content: Dict[str, Any], classes: Sequence[str]
             f'{len(strange)} of {len(annotations)} annotations of {path} have a category_id that no category has, the first '
             f'is {strange[0]["category_id"]!r} ({_name(strange[0])}): they would be lost',
             f'Correct them, or list the category: there are {", ".join(repr(c["id"]) for c in content["categories"][:10])}')
+    counts = np.bincount(category, minlength=len(content['categories'])).tolist()
+    check_spaces(path, classes, dict(zip((entry['name'] for entry in content['categories']), counts)))
     used = (image >= 0) & ~np.array(column(path, 'annotations', annotations, 'ignore', FLAG), bool)
     entries, image, category = list(itertools.compress(annotations, used)), image[used], category[used]
     rows, areas = columns(path, 'annotations', entries, dict(bbox={list}, area=NUMBER))

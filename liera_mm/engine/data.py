@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..core.errors import SetupError
 from . import annotations as coco
 from .checkpoint import check_backbones
+from .class_names import check_class_list
 from .datasets import listed, parts_of, steps_of
 from .evaluators import check_evaluator, check_monitored
 from .heads import check_heads, check_masks_of_heads
@@ -104,7 +105,7 @@ def check_categories(dataset: Dataset) -> None:
     """Raise a SetupError if the annotation file of a data set lacks classes of it."""
     for part in parts_of(dataset):
         classes = part.metainfo.get('classes') or ()
-        coco.check_class_list(classes)
+        check_class_list(classes)
         if len(getattr(part, 'cat_ids', classes)) != len(classes) and not isinstance(part, LVISV05Dataset):
             categories = coco.read_json(part.ann_file)['categories']
             coco.check_classes(part.ann_file, classes, [category['name'] for category in categories])

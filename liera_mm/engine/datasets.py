@@ -9,7 +9,7 @@ from mmengine.dataset import BaseDataset
 from torch.utils.data import Dataset
 
 from ..core.errors import SetupError
-from . import annotations as coco
+from .class_names import check_class_list
 
 IMAGES = 100  # that are looked at before a training, where looking at all would take long
 
@@ -50,7 +50,7 @@ def classes_of(split: str, dataset: Dict[str, Any], cls: Type[BaseDataset]) -> S
                          f'{cls.__name__}', 'Call it classes')
     names = metainfo.get('classes')
     if isinstance(names, str) and not osp.isfile(names):
-        coco.check_class_list(names)
+        check_class_list(names)
     return cls._load_metainfo(metainfo).get('classes')
 
 

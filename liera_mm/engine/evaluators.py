@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from ..core.errors import SetupError
 from . import annotations as coco
+from .class_names import nearest
 from .datasets import listed, parts_of, some_of, steps_of
 from .heads import detector_of
 
@@ -72,7 +73,7 @@ def check_monitored(evaluator: Evaluator, observers: Sequence[Any]) -> None:
         for key in getattr(observer, 'key_indicators', None) or [getattr(observer, 'monitor', 'auto')]:
             if key != 'auto' and key not in names and not key.startswith(tuple(prefixes)):
                 given = names + [f'{prefix}...' for prefix in prefixes]
-                meant = coco.nearest(key.rpartition('/')[2], [name.rpartition('/')[2] for name in names])
+                meant = nearest(key.rpartition('/')[2], [name.rpartition('/')[2] for name in names])
                 meant = [name for name in names if name.rpartition('/')[2] == meant][:1]
                 raise SetupError(
                     f'{type(observer).__name__} goes by {key!r}, and the val evaluator gives {listed(given) or "no metric"}',

@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
 from mmengine.fileio import list_from_file
 
 from ..core.errors import SetupError
-from .annotations import spelling
+from .class_names import check_spaces, spelling
 from .config_tree import type_name
 from .datasets import classes_of, dataset_class, listed
 from .images import check_files, check_sizes
@@ -119,6 +119,7 @@ def _check_objects(path: str, photos: Sequence[Photo], classes: Sequence[str]) -
             raise SetupError(
                 f'{path} has no object of the class {name!r} of the config, but {counts[similar]} of {similar!r}',
                 'Set metainfo=dict(classes=...) of the data set to the names that its annotations have')
+    check_spaces(path, classes, counts)
     if not any(usable and name in classes for photo in photos for name, usable in photo.objects):
         found = f'; it has {listed(list(counts))}' if counts else ''
         raise SetupError(

@@ -68,6 +68,8 @@ WRONG = {
     'a size without a width': (edit(XML_1, lambda text: text.replace('width', 'w')), 'a1.xml, its size, has no width'),
     'difficult that is no number': (edit(XML_1, lambda text: text.replace('>0<', '>no<')), "has 'no' for difficult"),
     'a class in capitals': (in_both('cat', 'Cat'), "no object of the class 'cat' of the config, but 2 of 'Cat'"),
+    'a class with spaces in one file': (
+        edit(XML_1, lambda text: text.replace('cat', 'cat ')), "1 objects of 'cat ', which is the class 'cat' but for its"),
     'other classes': (
         lambda root: [in_both('cat', 'cow')(root), in_both('dog', 'hen')(root)], 'no object to use: .*it has cow, hen'),
     'nothing but difficult objects': (in_both('<difficult>0', '<difficult>1'), 'no object to use: none of its 4 in 2 im'),

@@ -329,6 +329,9 @@ BAD_INPUTS = {
         'has CLASSES'),
     'classes that are numbers': (options(**{'train_dataloader.dataset.metainfo.classes': '[0,1]'}), 'which is no text'),
     'categories in another order': (annotations(lambda content: content['categories'].reverse()), 'another order'),
+    'a category that is another but for a space': (
+        annotations(lambda content: (content['categories'].append(dict(id=11, name='0 ')),
+                                     content['annotations'][0].update(category_id=11))), "1 objects of '0 '"),
     'two categories of one name': (repeat('categories', id=99), "'0'"),
     'two categories of one id': (repeat('categories', name='ten'), 'ids of categories'),
     'two images of one id': (repeat('images'), 'ids of images'),
