@@ -214,11 +214,14 @@ def _checked_override(override: Mapping[str, Any], settings: Mapping[str, Any]) 
 
 
 def _check_weights(model: nn.Module) -> None:
-    """Refuse a model with weights that do not exist yet; they cannot be frozen either."""
+    """Refuse a model with weights that do not exist yet, which cannot be frozen either, or that nothing trains with."""
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             layer, _, leaf = name.rpartition('.')
             raise TypeError(f'{layer}: its {leaf} has no shape before the first forward pass; run one first')
+        if parameter.is_inference() and not torch.is_inference_mode_enabled():
+            raise TypeError(f'{name} was made under torch.inference_mode, and nothing can be trained with it outside: make '
+                            'the model outside, or adapt it there too')
 
 
 def _refusals(model: nn.Module, names: Sequence[str]) -> Dict[str, Exception]:

@@ -2,6 +2,7 @@
 import functools
 import hashlib
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
@@ -19,6 +20,7 @@ from .group import MULTIPLICATIVE
 from .text import some
 from .wrappers import plain_names, through_wrappers
 
+logger = logging.getLogger('liera_mm')
 FORMAT = 'liera_mm-adapter-2'
 FORMAT_1 = 'liera_mm-adapter-1'  # without checksum and version
 NO_CHECKSUM = b'0' * 64
@@ -40,7 +42,7 @@ def save_adapter(model: nn.Module, path: Union[str, os.PathLike], dtype: Optiona
 
     The file appears under its name only when it is complete, and holds a checksum of every byte in it. Its card is in the
     header too, and beside it, as a page for people and model hubs: ``task.md`` for ``task.safetensors``. A page that is
-    there already stays, unless it is a card.
+    there already stays, unless it is a card. What trains, but is no part of the adapter, is named in a warning.
 
     Args:
         model: The adapted model, with its base weights in place.
@@ -81,6 +83,11 @@ def save_adapter(model: nn.Module, path: Union[str, os.PathLike], dtype: Optiona
     write_atomically(path, seal(tensors, metadata))
     if not page.exists() or page.read_bytes().startswith(FRONT.encode()):
         write_atomically(page, markdown(known, path.name, model.liera, _numbers(tensors)).encode())
+    frozen = frozen_names(model)
+    left_out = [name for name, parameter in model.named_parameters() if parameter.requires_grad and name in frozen]
+    if left_out:
+        logger.warning(f'LieRA  {some(left_out)} train, but are no part of the adapter and not in {path}: what trains '
+                       'beside Δ is for adapt(train=[...])')
 
 
 def adapter_card(path: Union[str, os.PathLike]) -> str:

@@ -375,6 +375,15 @@ def test_lazy_layers(make, targets):
     assert_refused(nn.Sequential(nn.Linear(2, 2), make()), TypeError, '^1: .*first forward pass', targets=targets)
 
 
+def test_weights_of_inference_mode():
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match='0.weight was made under torch.inference_mode'):
+        adapt(model)
+    with torch.inference_mode():
+        adapt(model)(torch.ones(1, 2))
+
+
 def test_kinds_leave_out_what_is_no_kind():
     assert names(adapt(nn.Sequential(nn.Linear(2, 2), Deformable(), nn.Embedding(2, 2)))) == ['0']
 

@@ -417,6 +417,16 @@ def test_a_missing_file(other, tmp_path):
 # Writing
 
 
+def test_what_trains_beside_the_adapter(net, tmp_path, caplog):
+    """It is not saved, which nobody would notice before the adapter is loaded."""
+    save_adapter(adapt(net, rank=2, targets=['depthwise'], train=['head'], train_norm=True), tmp_path / 'whole')
+    assert not caplog.records
+    net.stem[0].weight.requires_grad_()
+    save_adapter(net, tmp_path / 'part')
+    assert [record.levelname for record in caplog.records] == ['WARNING']
+    assert 'stem.0.weight train, but are no part of the adapter and not in ' in caplog.text
+
+
 @pytest.mark.parametrize('fails', ['write', 'fsync', 'replace'])
 @pytest.mark.parametrize('before', [None, b'the adapter of yesterday'], ids=['new', 'existing'])
 def test_a_failed_save_leaves_what_was_there(model, tmp_path, monkeypatch, fails, before):
