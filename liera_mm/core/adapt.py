@@ -20,6 +20,7 @@ SCALES = ('relative', 'plain')
 # What settings were before they existed, for files from then
 BEFORE = dict(scale='plain')
 ALPHA = 16  # by default, at any rank
+KERNEL_RANK = 2
 logger = logging.getLogger('liera_mm')
 
 
@@ -36,7 +37,7 @@ def adapt(model: nn.Module,
           train_bias: Union[bool, str] = False,
           exclude: Sequence[str] = (),
           train: Sequence[str] = (),
-          kernel_rank: int = 2) -> nn.Module:
+          kernel_rank: int = KERNEL_RANK) -> nn.Module:
     """Freeze a model and give its layers trainable perturbations, in place.
 
     State-dict keys, parameter names and module paths stay; every adapted layer gains ``<layer>.adapter.<name>``. The
@@ -97,13 +98,12 @@ def adapt(model: nn.Module,
     matched = [name for name in ([] if no_targets else match_layers(layers, targets))
                if name not in excluded and tensor_name(name) not in whole]
     chosen, refused, zero = _choose(model, targets, matched, settings, overrides)
-    in_place = whole | {tensor_name(name, leaf) for name in zero for leaf in layers[name]._parameters}
-    for name, layer in layers.items():
-        if train_norm and is_norm(layer):
-            in_place.update(tensor_name(name, leaf) for leaf in layer._parameters)
-        if train_bias == 'all' or train_bias and name in chosen:
-            in_place.update(tensor_name(name, leaf) for leaf in layer._parameters if leaf.endswith('bias'))
     parameters = dict(model.named_parameters(remove_duplicate=False))  # which can have several names
+    norms = {tensor_name(name, leaf) for name, layer in layers.items() if train_norm and is_norm(layer)
+             for leaf in layer._parameters}.intersection(parameters)
+    biases = {tensor_name(name, leaf) for name in (layers if train_bias == 'all' else chosen if train_bias else ())
+              for leaf in layers[name]._parameters if leaf.endswith('bias')}.intersection(parameters)
+    in_place = whole | norms | biases | {tensor_name(name, leaf) for name in zero for leaf in layers[name]._parameters}
     trained = {id(parameters[name]) for name in in_place - excluded if name in parameters}
     in_place = [name for name, parameter in model.named_parameters() if id(parameter) in trained]
     if not chosen and not in_place:
@@ -129,6 +129,14 @@ def adapt(model: nn.Module,
     trainable = intended_parameters(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable)
+    idle = ['train_norm=True changes nothing: there is no norm with parameters'] * (train_norm and not norms)
+    if train_bias and not biases:
+        idle.append(f'{train_bias=} changes nothing: no {"adapted " * (train_bias != "all")}layer has a bias')
+    if 'kernel_rank' not in used and (kernel_rank != KERNEL_RANK or any('kernel_rank' in each for each in overrides)):
+        idle.append("kernel_rank changes nothing: no adapted layer has method='tucker'")
+    idle += [f'overrides of {override["targets"]} set nothing' for override in overrides if len(override) == 1]
+    for message in idle:
+        logger.warning(f'LieRA  {message}')
     if refused:
         logger.warning(f'LieRA  {_count(layers, refused)} cannot be adapted and stay as they are: {_first(refused)}')
     if zero:

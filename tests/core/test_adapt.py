@@ -494,6 +494,28 @@ def test_layers_of_zeros_train_whole(method, update, caplog):
     assert caplog.messages == ['LieRA  1 conv layers have nothing but zeros for a weight, and train whole: 1']
 
 
+@pytest.mark.parametrize('settings, message', [
+    (dict(train_bias=True), 'train_bias=True changes nothing: no adapted layer has a bias'),
+    (dict(train_bias='all'), "train_bias='all' changes nothing: no layer has a bias"),
+    (dict(train_norm=True), 'train_norm=True changes nothing: there is no norm with parameters'),
+    (dict(kernel_rank=3), 'kernel_rank changes nothing: no adapted layer has method=\'tucker\''),
+    (dict(overrides=[dict(targets=['0'], kernel_rank=2)]), 'kernel_rank changes nothing: no adapted layer has '),
+    (dict(overrides=[dict(targets=['0'])]), "overrides of \\['0'\\] set nothing"),
+], ids=str)
+def test_settings_that_change_nothing(settings, message, caplog):
+    """They do no harm, and configs for several backbones may have some: the log says so."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4, affine=False))
+    adapt(model, rank=2, **settings)
+    assert re.match(f'LieRA  {message}', '\n'.join(caplog.messages)) and len(caplog.messages) == 1
+    assert names(model) == ['0'] and not trains(model)
+
+
+def test_settings_that_change_something(net, caplog):
+    adapt(net, rank=2, train_norm=True, train_bias=True, kernel_rank=3,
+          overrides=[dict(targets=['stem.0'], method='tucker'), dict(targets=['conv'], rank=3)])
+    assert not caplog.messages
+
+
 def test_layers_of_zeros_that_are_named_or_excluded():
 
     def zeros():
