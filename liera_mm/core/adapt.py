@@ -227,9 +227,9 @@ def _check_weights(model: nn.Module) -> None:
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             layer, _, leaf = name.rpartition('.')
             raise TypeError(f'{layer}: its {leaf} has no shape before the first forward pass; run one first')
-        if parameter.is_inference() and not torch.is_inference_mode_enabled():
-            raise TypeError(f'{name} was made under torch.inference_mode, and nothing can be trained with it outside: make '
-                            'the model outside, or adapt it there too')
+        if parameter.is_inference() and parameter.requires_grad:
+            raise TypeError(f'{name} was made under torch.inference_mode, and nothing can be trained with it: make the '
+                            'model outside')
 
 
 def _refusals(model: nn.Module, names: Sequence[str]) -> Dict[str, Exception]:
