@@ -68,6 +68,9 @@ def exit_clearly(main: Callable[[], None]) -> None:
 def _config_error(error: Exception) -> Sequence[str]:
     """What is wrong with a config and what to do, if OpenMMLab's code refuses to build something of it or cannot use it."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if frames[-1].f_code.co_name == 'call_hook' and error.__context__:  # MMEngine adds the hook to the text of a TypeError
+        error = error.__context__
+        frames += [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     raised_in = frames[-1].f_globals.get('__name__', '')
     message = ' '.join(str(error.args[0] if len(error.args) == 1 else error).split())
     message = message or traceback.extract_tb(error.__traceback__)[-1].line

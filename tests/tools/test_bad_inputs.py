@@ -269,6 +269,8 @@ BAD_INPUTS = {
         options(**{'optim_wrapper.paramwise_cfg.norm_decay_mul': 0.}), 'paramwise_cfg.norm_decay_mul, which nothing reads'),
     'rates of a misspelt part': (
         options(**{'optim_wrapper.paramwise_cfg.custom_keys.bakbone.lr_mult': .1}), 'in the name of no parameter'),
+    'a misspelt setting of an average': (
+        options(custom_hooks="[dict(type='LieRAHook'),dict(type='EMAHook',momentm=.1)]"), 'ExponentialMovingAverage'),
     'a misspelt setting beside its own': (
         options(**{'model.test_cfg.rcnn.score_th': .1}), 'rcnn.score_th and model.test_cfg.rcnn.score_thr, one of which'),
     'a misspelt setting of the checkpoints': (
