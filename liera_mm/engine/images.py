@@ -56,7 +56,8 @@ class CheckedLoading:
         try:
             loaded = self.load(results)
         except Exception as error:  # each decoder has its own
-            reason = ' '.join(str(error).replace(f': {path}', '').split())
+            empty = osp.isfile(path) and not osp.getsize(path)
+            reason = 'it is empty' if empty else ' '.join(str(error).replace(f': {path}', '').split())
             raise SetupError(f'{path} cannot be read as an image: {reason:.200}',
                              'Put an intact one there, or take it out of the annotations') from None
         annotated = results.get('width'), results.get('height')

@@ -505,6 +505,7 @@ BAD_INPUTS = {
     'annotations of another format': (
         lambda run: (run.data / 'annotations/instances_train2017.json').write_text('[]'), 'no list of images'),
     'corrupt JPEG': (image(lambda data: b'\xff\xd8' + bytes(1000)), 'failed to load image'),
+    'an image without content': (image(lambda data: b''), 'cannot be read as an image: it is empty'),
     'truncated JPEG': (image(lambda data: data[:len(data) // 2]), 'failed to load image'),
     'corrupt JPEG to test on': (both(evaluate(), image(lambda data: b'no image', 'val')), 'failed to load image'),
     'no annotations for auto_classes': (
