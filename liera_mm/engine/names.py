@@ -123,9 +123,13 @@ def _check_paramwise(wrapper: Dict[str, Any]) -> None:
             raise SetupError(f'The config has optim_wrapper.paramwise_cfg.{name}, which {constructor} does not read',
                              f'Take it out: it reads {", ".join(known)}')
         _check_known('optim_wrapper.paramwise_cfg', given, known)
+    mults = ('decay_mult', ) if constructor == 'LearningRateDecayOptimWrapperConstructor' else ('lr_mult', 'decay_mult')
     for name, settings in (given.get('custom_keys') or {}).items():
         rates = [key for key, value in (settings or {}).items() if not isinstance(value, dict)]  # those are for with_dots()
-        _check_known(f'{CUSTOM_KEYS}.{name}', rates, ('lr_mult', 'decay_mult'), .75)
+        _check_known(f'{CUSTOM_KEYS}.{name}', rates, mults, .75)
+        if 'lr_mult' in rates and 'lr_mult' not in mults:
+            raise SetupError(f'The config has {CUSTOM_KEYS}.{name}.lr_mult, which {constructor} does not read',
+                             'Take it out: its rates are those of layer_decay_rate')
 
 
 def _check_known(key: str, names: Iterable[str], known: Iterable[str], cutoff: float = .7) -> None:

@@ -9,7 +9,7 @@ import logging
 from typing import Any, Callable, Collection, Dict, List
 
 from mmengine.logging import print_log
-from mmengine.optim import DefaultOptimWrapperConstructor
+from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from torch import nn
 
 from ..core.errors import SetupError
@@ -79,18 +79,30 @@ def check_keys(custom_keys: Collection[str], model: nn.Module) -> None:
         print_log(f'LieRA  custom_keys that are in the name of no parameter: {some(unused)}', 'current', logging.WARNING)
 
 
+def _with_keys(call: Callable[..., OptimWrapper]) -> Callable[..., OptimWrapper]:
+
+    @functools.wraps(call)
+    def call_with_keys(self: DefaultOptimWrapperConstructor, model: nn.Module) -> OptimWrapper:
+        given = self.paramwise_cfg
+        if given.get('custom_keys'):
+            self.paramwise_cfg = dict(given, custom_keys=with_dots(given['custom_keys']))
+            check_keys(self.paramwise_cfg['custom_keys'], model)
+        try:
+            return call(self, model)
+        finally:
+            self.paramwise_cfg = given
+
+    return call_with_keys
+
+
 def _with_adapters(add_params: AddParams) -> AddParams:
 
     @functools.wraps(add_params)
     def add_params_and_adapters(self: DefaultOptimWrapperConstructor, params: List[dict], module: nn.Module,
                                 prefix: str = '', *args: Any, **kwargs: Any) -> None:
         given = self.paramwise_cfg
-        if given.get('custom_keys'):
-            self.paramwise_cfg = dict(given, custom_keys=with_dots(given['custom_keys']))
-            if not prefix:
-                check_keys(self.paramwise_cfg['custom_keys'], module)
         if isinstance(module, AdaptedLayer):
-            self.paramwise_cfg = of_adapters(self.paramwise_cfg, module, prefix)
+            self.paramwise_cfg = of_adapters(given, module, prefix)
         try:
             add_params(self, params, module, prefix, *args, **kwargs)
         finally:
@@ -100,3 +112,4 @@ def _with_adapters(add_params: AddParams) -> AddParams:
 
 
 DefaultOptimWrapperConstructor.add_params = _with_adapters(DefaultOptimWrapperConstructor.add_params)
+DefaultOptimWrapperConstructor.__call__ = _with_keys(DefaultOptimWrapperConstructor.__call__)

@@ -45,12 +45,17 @@ def test_misspelt(key, meant):
 
 
 def test_of_another_constructor():
-    """MMDetection's reads three settings, and those alone."""
+    """MMDetection's reads three settings, and those alone; mmpretrain's no rates of keys."""
     layers = {'optim_wrapper.constructor': 'LearningRateDecayOptimizerConstructor',
               PARAMWISE: dict(_delete_=True, num_layers=4, decay_rate=.9, decay_type='stage_wise')}
     check({**layers, f'{PARAMWISE}.bypass_duplicate': True, f'{PARAMWISE}.bias_decay_mult': 0.})
     with pytest.raises(SetupError, match='custom_keys, which LearningRateDecayOptimizerConstructor does not read'):
         check({**layers, f'{PARAMWISE}.custom_keys': dict(norm=dict(decay_mult=0.))})
+
+    layers = {'optim_wrapper.constructor': 'LearningRateDecayOptimWrapperConstructor', f'{PARAMWISE}.layer_decay_rate': .9}
+    check({**layers, f'{PARAMWISE}.custom_keys.norm.decay_mult': 0.})
+    with pytest.raises(SetupError, match='custom_keys.norm.lr_mult, which LearningRateDecayOptimWrapperConstructor does'):
+        check({**layers, f'{PARAMWISE}.custom_keys.norm.lr_mult': .1})
 
 
 @pytest.mark.parametrize('options', [

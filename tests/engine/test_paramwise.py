@@ -146,6 +146,17 @@ def test_layer_decay_of_mmpretrain(backbone):
     assert all(found[name] == rates[f'{name.partition(".adapter.")[0]}.weight'] for name in found)
 
 
+def test_keys_with_dots_for_layer_decay():
+    """Constructors of other packages find their settings by themselves."""
+    cfg = dict(type='ImageClassifier', backbone=dict(type='ConvNeXt', arch='atto'))
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = MODELS.build(cfg)
+        found, expected, without = (
+            settings(model, dict(custom_keys=keys), constructor='LearningRateDecayOptimWrapperConstructor')
+            for keys in ({'stages': {'0': dict(decay_mult=0.)}}, {'stages.0': dict(decay_mult=0.)}, {}))
+    assert found == expected != without
+
+
 @pytest.mark.parametrize('decay_type', ['layer_wise', 'stage_wise'])
 def test_layer_decay_of_mmdet(decay_type):
     backbone = dict(type='mmpretrain.ConvNeXt', arch='atto', out_indices=[0, 1, 2, 3], gap_before_final_norm=False)
