@@ -64,6 +64,7 @@ class Watch(Hook):
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         if runner.iter == 2:
+            time.sleep(.1)  # the thread that exchanges gradients ends its event after the gradients are there
             self.profiler.stop()
             events = self.profiler.profiler.kineto_results.events()
             self.traffic = [(event.name(), event.shapes()) for event in events if 'gloo:' in event.name()]

@@ -612,7 +612,12 @@ def test_ends_in_two_lines(name, start, trained, documented):
     said = f'`{problem}`<br>`{remedy}`'.replace(str(run.data), 'DATA').replace(str(run.folder), 'FOLDER')
     if WRITE:
         documented[f'| {name} |'] = said
-    assert documented[f'| {name} |'] == said
+    assert without_numbers(documented[f'| {name} |']) == without_numbers(said)
+
+
+def without_numbers(text):
+    """Newer versions of torch give them in brackets: num_channels (64) must be divisible by num_groups (7)."""
+    return re.sub(r' \(\d+\)', '', text)
 
 
 @pytest.mark.parametrize('tool, option', [
