@@ -129,7 +129,9 @@ def adapt(model: nn.Module,
     trainable = intended_parameters(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable)
-    idle = ['train_norm=True changes nothing: there is no norm with parameters'] * (train_norm and not norms)
+    idle = []
+    if train_norm and not norms:
+        idle.append('train_norm=True changes nothing: there is no norm with parameters')
     if train_bias and not biases:
         idle.append(f'{train_bias=} changes nothing: no {"adapted " * (train_bias != "all")}layer has a bias')
     if 'kernel_rank' not in used and (kernel_rank != KERNEL_RANK or any('kernel_rank' in each for each in overrides)):
